@@ -1,0 +1,248 @@
+"""Memory-efficient attention in plain JAX, for any device, with its own VJP.
+
+Flash attention's recurrence (Dao et al. 2022; arXiv 2205.14135) as XLA loops: one row of
+the batch and one key/value head at a time, blocks of queries outside, blocks of keys
+inside. Memory is O(T). Blocks that see nothing are never visited, and blocks that see
+everything skip the mask, by token index and by document alike.
+
+Rows are walked one by one, not batched, because XLA's CPU runtime multiplies a pair of
+matrices at full speed and a batch of them no faster, while one block of scores then
+stays in cache. For the same reason the backward pass works on transposed scores: no
+product in it contracts the leading dimension of both operands, which is three times
+slower there.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+_NEVER = jnp.iinfo(jnp.int32).max
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Rows of queries and keys handled at a time.
+
+    Scores of one block are [G * query, key] fp32; with 512 x 512 that is 1 MiB for
+    each query head of the group.
+    """
+
+    query: int = 512
+    key: int = 512
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _pad(x, length: int, value=0, axis: int = 1):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _blocks(x, size: int):
+    """[B, T] -> [B, T / size, size]."""
+    return x.reshape(x.shape[0], -1, size)
+
+
+def _plan(mask, q_block: int, k_block: int):
+    """Which key blocks each query block visits, and which of those need no mask.
+
+    Returns live and full, bool [B, T / q_block, S / k_block].
+    """
+    limit, index = _blocks(mask["limit"], q_block), _blocks(mask["index"], k_block)
+    live = index.min(-1)[:, None, :] <= limit.max(-1)[:, :, None]
+    full = index.max(-1)[:, None, :] <= limit.min(-1)[:, :, None]
+    if "q_segment" in mask:
+        q, k = _blocks(mask["q_segment"], q_block), _blocks(mask["kv_segment"], k_block)
+        q_min, q_max = q.min(-1)[:, :, None], q.max(-1)[:, :, None]
+        k_min, k_max = k.min(-1)[:, None, :], k.max(-1)[:, None, :]
+        live &= (q_min <= k_max) & (k_min <= q_max)
+        full &= (q_min == q_max) & (k_min == k_max) & (q_min == k_min)
+    return live, full
+
+
+def _range(live):
+    """First and one past the last True along the last axis; (n, 0) where there is none."""
+    n = live.shape[-1]
+    at = jnp.arange(n)
+    return jnp.where(live, at, n).min(-1), jnp.where(live, at + 1, 0).max(-1)
+
+
+def _visible(mask_q, mask_k):
+    visible = mask_k["index"][None, :] <= mask_q["limit"][:, None]
+    if "q_segment" in mask_q:
+        visible &= mask_q["q_segment"][:, None] == mask_k["kv_segment"][None, :]
+    return visible
+
+
+def _take(mask, names, i, size: int):
+    return {
+        n: jax.lax.dynamic_slice_in_dim(mask[n], i * size, size) for n in names if n in mask
+    }
+
+
+def _slice(x, i, size: int, axis: int):
+    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
+
+
+def _dot(a, b):
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+_Q_MASK, _K_MASK = ("limit", "q_segment"), ("index", "kv_segment")
+
+
+def _forward(q_KGTH, k_KHS, v_KSH, mask, live, full, *, scale, blocks):
+    """One row of the batch. k comes transposed.
+
+    Returns out [K, G, T, H] in q's dtype and lse [K, G, T] fp32 (-inf where nothing is seen).
+    """
+    K, G, T, H = q_KGTH.shape
+    cq, ck = blocks.query, blocks.key
+    first, last = _range(live)
+
+    def query_block(i):
+        q = (_slice(q_KGTH, i, cq, 2).reshape(K, G * cq, H) * scale).astype(q_KGTH.dtype)
+        mask_q = _take(mask, _Q_MASK, i, cq)
+
+        def key_block(j, carry):
+            m, l, acc = carry
+            s = _dot(q, _slice(k_KHS, j, ck, 2))  # [K, G * cq, ck]
+
+            def masked(s):
+                visible = _visible(mask_q, _take(mask, _K_MASK, j, ck))
+                return jnp.where(visible, s.reshape(K, G, cq, ck), -jnp.inf).reshape(s.shape)
+
+            s = jax.lax.cond(full[i, j], lambda s: s, masked, s)
+            m_new = jnp.maximum(m, s.max(-1))
+            # A row that has seen nothing yet has m = -inf; any finite stand-in gives p = 0.
+            m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)
+            p = jnp.exp(s - m_safe[..., None])
+            shrink = jnp.exp(m - m_safe)
+            l = l * shrink + p.sum(-1)
+            acc = acc * shrink[..., None] + _dot(p.astype(v_KSH.dtype), _slice(v_KSH, j, ck, 1))
+            return m_new, l, acc
+
+        m = jnp.full((K, G * cq), -jnp.inf)
+        l = jnp.zeros((K, G * cq))
+        acc = jnp.zeros((K, G * cq, H))
+        m, l, acc = jax.lax.fori_loop(first[i], last[i], key_block, (m, l, acc))
+        out = acc / jnp.where(l == 0.0, 1.0, l)[..., None]
+        lse = m + jnp.log(l)  # -inf + -inf where nothing was seen
+        return out.astype(q_KGTH.dtype).reshape(K, G, cq, H), lse.reshape(K, G, cq)
+
+    out, lse = jax.lax.map(query_block, jnp.arange(T // cq))
+    return jnp.moveaxis(out, 0, 2).reshape(q_KGTH.shape), jnp.moveaxis(lse, 0, 2).reshape(K, G, T)
+
+
+def _backward(q_KGTH, k_KSH, v_KSH, lse, delta, do_KGTH, mask, live, full, *, scale, blocks):
+    """Gradients of one row of the batch: dq [K, G, T, H], dk, dv [K, S, H], fp32.
+
+    delta [K, G, T] is rowsum(dout * out) minus the cotangent of lse. Scores are
+    transposed, [key, query], so that all five products contract along contiguous memory.
+    """
+    K, G, T, H = q_KGTH.shape
+    S = k_KSH.shape[1]
+    cq, ck = blocks.query, blocks.key
+    first, last = _range(live.T)  # the query blocks that see each key block
+
+    def by_block(x):
+        """[K, G, T, ...] -> [T / cq, K, G * cq, ...]."""
+        x = jnp.moveaxis(x.reshape(K, G, T // cq, cq, *x.shape[3:]), 2, 0)
+        return x.reshape(T // cq, K, G * cq, *x.shape[4:])
+
+    q, do = by_block(q_KGTH), by_block(do_KGTH)
+    q_T, do_T, k_T = q.swapaxes(2, 3), do.swapaxes(2, 3), k_KSH.swapaxes(1, 2)
+    # Rows that see nothing: exp(-inf - inf) = 0.
+    lse = by_block(jnp.where(lse == -jnp.inf, jnp.inf, lse))[:, :, None]
+    delta = by_block(delta)[:, :, None]
+    at = lambda x, i: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
+
+    def key_block(dq_T, j):
+        k, v = _slice(k_KSH, j, ck, 1), _slice(v_KSH, j, ck, 1)
+        k_scaled = (k * scale).astype(k.dtype)
+        k_j_T = _slice(k_T, j, ck, 2)
+        mask_k = _take(mask, _K_MASK, j, ck)
+
+        def query_block(i, carry):
+            dq_T, dk, dv = carry
+            s = _dot(k_scaled, at(q_T, i))  # [K, ck, G * cq]
+
+            def masked(s):
+                visible = _visible(_take(mask, _Q_MASK, i, cq), mask_k).T[:, None, :]
+                return jnp.where(visible, s.reshape(K, ck, G, cq), -jnp.inf).reshape(s.shape)
+
+            s = jax.lax.cond(full[i, j], lambda s: s, masked, s)
+            p = jnp.exp(s - at(lse, i))
+            dv += _dot(p.astype(do.dtype), at(do, i))
+            ds = (p * (_dot(v, at(do_T, i)) - at(delta, i))).astype(q.dtype)
+            dk += _dot(ds, at(q, i))
+            dq_i = at(dq_T, i) + _dot(k_j_T, ds)
+            return jax.lax.dynamic_update_index_in_dim(dq_T, dq_i, i, 0), dk, dv
+
+        zeros = jnp.zeros((K, ck, H))
+        dq_T, dk, dv = jax.lax.fori_loop(first[j], last[j], query_block, (dq_T, zeros, zeros))
+        return dq_T, (dk * scale, dv)
+
+    dq_T = jnp.zeros((T // cq, K, H, G * cq))
+    dq_T, dkv = jax.lax.scan(key_block, dq_T, jnp.arange(S // ck))
+    dq = dq_T.reshape(T // cq, K, H, G, cq).transpose(1, 3, 0, 4, 2).reshape(q_KGTH.shape)
+    dk, dv = (jnp.moveaxis(x, 0, 1).reshape(k_KSH.shape) for x in dkv)
+    return dq * scale, dk, dv
+
+
+def _rows(f, *args):
+    """f over the rows of the batch, one after the other."""
+    return jax.lax.map(lambda row: f(*row), args)
+
+
+def _split(q_BTNH, K: int):
+    B, T, N, H = q_BTNH.shape
+    return q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+
+
+def _merge(q_BKGTH):
+    B, K, G, T, H = q_BKGTH.shape
+    return q_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q_BTNH, k_BSKH, v_BSKH, mask, scale, blocks):
+    return _attend_fwd(q_BTNH, k_BSKH, v_BSKH, mask, scale, blocks)[0]
+
+
+def _attend_fwd(q_BTNH, k_BSKH, v_BSKH, mask, scale, blocks):
+    K = k_BSKH.shape[2]
+    out, lse = _rows(
+        functools.partial(_forward, scale=scale, blocks=blocks),
+        *(_split(q_BTNH, K), k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)),
+        *(mask, *_plan(mask, blocks.query, blocks.key)),
+    )
+    out = _merge(out)
+    B, T, N, _ = q_BTNH.shape
+    lse = lse.reshape(B, N, T)
+    return (out, lse), (q_BTNH, k_BSKH, v_BSKH, mask, out, lse)
+
+
+def _attend_bwd(scale, blocks, residuals, cotangents):
+    q, k, v, mask, out, lse = residuals
+    d_out, d_lse = cotangents
+    K = k.shape[2]
+    B, N, T = lse.shape
+    delta = jnp.einsum("BTNH,BTNH->BNT", d_out, out, preferred_element_type=jnp.float32)
+    grouped = lambda x: x.reshape(B, K, N // K, T)
+    dq, dk, dv = _rows(
+        functools.partial(_backward, scale=scale, blocks=blocks),
+        *(_split(q, K), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)),
+        *(grouped(lse), grouped(delta - d_lse), _split(d_out, K)),
+        *(mask, *_plan(mask, blocks.query, blocks.key)),
+    )
+    back = lambda x, like: x.transpose(0, 2, 1, 3).astype(like.dtype)
+    return _merge(dq).astype(q.dtype), back(dk, k), back(dv, v), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
