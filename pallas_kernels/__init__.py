@@ -12,7 +12,7 @@ Letters in shapes: B batch, T query length, S key length, N query heads, K key/v
 heads, H head dim, P position columns (1, K or N).
 """
 
-#from pallas_kernels.attention import rotary_attention
-#from pallas_kernels.rotation import rotate
+from pallas_kernels.attention import rotary_attention
+from pallas_kernels.rotation import rotate
 
 __all__ = ["rotary_attention", "rotate"]

@@ -1,5 +1,5 @@
 """Attention over rotated queries and keys."""
 
-#from pallas_kernels.attention.api import rotary_attention
+from pallas_kernels.attention.api import rotary_attention
 
 __all__ = ["rotary_attention"]

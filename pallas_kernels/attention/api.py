@@ -1,0 +1,135 @@
+"""The public `rotary_attention`: checks, defaults, choice of implementation."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import masks, reference, xla
+from pallas_kernels.rotation import rotate
+from pallas_kernels.rotation.api import check_inv_freq, check_positions
+
+
+def _rotated(attend):
+    """An implementation that rotates q and k once, then attends."""
+
+    def implementation(
+        q, k, v, positions_q, positions_k, mask, *, scale, inv_freq, rope_scale
+    ):
+        q, k = rotate(q, k, positions_q, positions_k, inv_freq=inv_freq, rope_scale=rope_scale)
+        return attend(q, k, v, mask, scale=scale)
+
+    return implementation
+
+
+IMPLEMENTATIONS = {"reference": _rotated(reference.attend), "xla": _rotated(xla.attend)}
+
+# Tried in this order when no implementation is named.
+AUTOMATIC = ("xla",)
+
+
+def _check(q, k, v, positions_q, positions_k, arrays) -> None:
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    if k.shape != (B, S, K, H) or v.shape != k.shape:
+        raise ValueError(
+            f"k {k.shape} and v {v.shape} must both be [{B}, S, K, {H}] to go with q {q.shape}"
+        )
+    if N % K:
+        raise ValueError(f"q has {N} heads, which {K} key/value heads do not divide")
+    for name, x, other, other_name in (
+        ("positions_q", positions_q, q, "q"),
+        ("positions_k", positions_k, k, "k"),
+    ):
+        if x is not None and not (name == "positions_k" and x.shape == (B, S, N)):
+            check_positions(name, x, other_name, other)
+    if (positions_q is None) != (positions_k is None):
+        raise ValueError("positions_q and positions_k must both be given or both be None")
+    lengths = {"q_index": (B, T), "kv_index": (B, S), "q_segment_ids": (B, T)}
+    lengths |= {"kv_segment_ids": (B, S), "kv_length": (B,)}
+    for name, x in arrays.items():
+        if x is not None and x.shape != lengths[name]:
+            raise ValueError(f"{name} has shape {x.shape}; it must be {lengths[name]}")
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{name} has dtype {x.dtype}; it must be an integer dtype")
+    if (arrays["q_segment_ids"] is None) != (arrays["kv_segment_ids"] is None):
+        raise ValueError("q_segment_ids and kv_segment_ids must both be given or both be None")
+
+
+def rotary_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions_q: jax.Array | None,
+    positions_k: jax.Array | None,
+    *,
+    q_index: jax.Array | None = None,
+    kv_index: jax.Array | None = None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    kv_length: jax.Array | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    inv_freq: jax.Array,
+    rope_scale: float = 1.0,
+    return_lse: bool = False,
+    implementation: str | None = None,
+):
+    """Attention whose queries and keys are rotated by real-valued positions (RePo eq. 7).
+
+    A_ts = scale * q_t^T R(z_s - z_t) k_s, softmax over the s that t may see, times v.
+    Who sees whom is decided by token index and document, never by position. One
+    differentiable operation: gradients to q, k, v and both positions. Memory is linear in
+    T and S for every implementation but `reference`.
+
+    Args:
+      q: [B, T, N, H].
+      k, v: [B, S, K, H], K dividing N; query heads n*N/K .. share key/value head n.
+      positions_q: float32 [B, T, P], P = 1, K or N (any divisor of N), or None for no
+        rotation.
+      positions_k: float32 [B, S, P], P = 1, K or N. With N columns and K < N, keys are
+        repeated to the query heads, each rotated its own way.
+      q_index, kv_index: int32 [B, T], [B, S]: what the causal mask compares; a query sees
+        keys of index <= its own. Default: 0, 1, ... for the keys, and the queries at the
+        end of the keys (of the filled ones where `kv_length` is given).
+      q_segment_ids, kv_segment_ids: int32 [B, T], [B, S], nondecreasing in index order;
+        only equal ids see each other; 0 is padding, which sees and is seen by nothing.
+      kv_length: int32 [B]: how many of the S keys of a cache are filled.
+      causal: False: every query sees every key of its document.
+      scale: factor on the scores. Default: 1 / sqrt(H).
+      inv_freq: float [H / 2]: radians per position of channel pair (c, c + H/2).
+      rope_scale: factor on cos and sin, so its square is on the scores (YaRN).
+      return_lse: also return the logsumexp of the scores.
+      implementation: a name of `IMPLEMENTATIONS`; None: the first of `AUTOMATIC` that can.
+
+    Returns:
+      [B, T, N, H] in q's dtype; zeros for queries that see nothing. With `return_lse` also
+      float32 [B, N, T], -inf for those queries.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+    """
+    arrays = dict(
+        q_index=q_index,
+        kv_index=kv_index,
+        q_segment_ids=q_segment_ids,
+        kv_segment_ids=kv_segment_ids,
+        kv_length=kv_length,
+    )
+    _check(q, k, v, positions_q, positions_k, arrays)
+    check_inv_freq(inv_freq, q.shape[-1])
+    name = implementation or AUTOMATIC[0]
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation {name!r} is unknown; known: {', '.join(IMPLEMENTATIONS)}"
+        )
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    if positions_k is not None and positions_k.shape[-1] > K:
+        k, v = jnp.repeat(k, N // K, axis=2), jnp.repeat(v, N // K, axis=2)
+    out, lse = IMPLEMENTATIONS[name](
+        *(q, k, v, positions_q, positions_k),
+        masks.build((B, T, S), causal=causal, **arrays),
+        scale=H**-0.5 if scale is None else scale,
+        inv_freq=inv_freq,
+        rope_scale=rope_scale,
+    )
+    return (out, lse) if return_lse else out

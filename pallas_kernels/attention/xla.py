@@ -17,8 +17,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-_NEVER = jnp.iinfo(jnp.int32).max
+from pallas_kernels.attention import masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,45 +32,6 @@ class BlockSizes:
 
     query: int = 512
     key: int = 512
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def _pad(x, length: int, value=0, axis: int = 1):
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, length - x.shape[axis])
-    return jnp.pad(x, widths, constant_values=value)
-
-
-def _blocks(x, size: int):
-    """[B, T] -> [B, T / size, size]."""
-    return x.reshape(x.shape[0], -1, size)
-
-
-def _plan(mask, q_block: int, k_block: int):
-    """Which key blocks each query block visits, and which of those need no mask.
-
-    Returns live and full, bool [B, T / q_block, S / k_block].
-    """
-    limit, index = _blocks(mask["limit"], q_block), _blocks(mask["index"], k_block)
-    live = index.min(-1)[:, None, :] <= limit.max(-1)[:, :, None]
-    full = index.max(-1)[:, None, :] <= limit.min(-1)[:, :, None]
-    if "q_segment" in mask:
-        q, k = _blocks(mask["q_segment"], q_block), _blocks(mask["kv_segment"], k_block)
-        q_min, q_max = q.min(-1)[:, :, None], q.max(-1)[:, :, None]
-        k_min, k_max = k.min(-1)[:, None, :], k.max(-1)[:, None, :]
-        live &= (q_min <= k_max) & (k_min <= q_max)
-        full &= (q_min == q_max) & (k_min == k_max) & (q_min == k_min)
-    return live, full
-
-
-def _range(live):
-    """First and one past the last True along the last axis; (n, 0) where there is none."""
-    n = live.shape[-1]
-    at = jnp.arange(n)
-    return jnp.where(live, at, n).min(-1), jnp.where(live, at + 1, 0).max(-1)
 
 
 def _visible(mask_q, mask_k):
@@ -103,7 +65,7 @@ def _forward(q_KGTH, k_KHS, v_KSH, mask, live, full, *, scale, blocks):
     """
     K, G, T, H = q_KGTH.shape
     cq, ck = blocks.query, blocks.key
-    first, last = _range(live)
+    first, last = masks.live_range(live)
 
     def query_block(i):
         q = (_slice(q_KGTH, i, cq, 2).reshape(K, G * cq, H) * scale).astype(q_KGTH.dtype)
@@ -148,7 +110,7 @@ def _backward(q_KGTH, k_KSH, v_KSH, lse, delta, do_KGTH, mask, live, full, *, sc
     K, G, T, H = q_KGTH.shape
     S = k_KSH.shape[1]
     cq, ck = blocks.query, blocks.key
-    first, last = _range(live.T)  # the query blocks that see each key block
+    first, last = masks.live_range(live.T)  # the query blocks that see each key block
 
     def by_block(x):
         """[K, G, T, ...] -> [T / cq, K, G * cq, ...]."""
@@ -195,6 +157,37 @@ def _backward(q_KGTH, k_KSH, v_KSH, lse, delta, do_KGTH, mask, live, full, *, sc
     return dq * scale, dk, dv
 
 
+def _block(length: int, most: int) -> int:
+    """The size of as few equal blocks of at most `most` as cover `length`, a multiple of 8."""
+    n = -(-length // most)
+    return -(-length // (8 * n)) * 8
+
+
+def attend(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, blocks: BlockSizes | None = None):
+    """softmax(scale q k^T) v under `mask`, and its logsumexp.
+
+    Args:
+      q_BTNH, k_BSKH, v_BSKH: [B, T, N, H], [B, S, K, H], [B, S, K, H], any lengths.
+      mask: as `masks.build` makes it.
+      scale: factor on the scores.
+      blocks: upper bounds on the block sizes; None: the defaults.
+
+    Returns:
+      out [B, T, N, H] in q's dtype and lse float32 [B, N, T]; zeros and -inf for queries
+      that see nothing. Differentiable in q, k, v, by either output.
+    """
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    most = blocks or BlockSizes()
+    blocks = BlockSizes(_block(T, most.query), _block(S, most.key))
+    whole_T, whole_S = -(-T // blocks.query) * blocks.query, -(-S // blocks.key) * blocks.key
+    longer = lambda x, n: jnp.pad(x, ((0, 0), (0, n - x.shape[1]), (0, 0), (0, 0)))
+    out, lse = _attend(
+        *(longer(q_BTNH, whole_T), longer(k_BSKH, whole_S), longer(v_BSKH, whole_S)),
+        *(masks.pad(mask, whole_T, whole_S), scale, blocks),
+    )
+    return out[:, :T], lse[..., :T]
+
+
 def _rows(f, *args):
     """f over the rows of the batch, one after the other."""
     return jax.lax.map(lambda row: f(*row), args)
@@ -220,11 +213,12 @@ def _attend_fwd(q_BTNH, k_BSKH, v_BSKH, mask, scale, blocks):
     out, lse = _rows(
         functools.partial(_forward, scale=scale, blocks=blocks),
         *(_split(q_BTNH, K), k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)),
-        *(mask, *_plan(mask, blocks.query, blocks.key)),
+        *(mask, *masks.block_plan(mask, blocks.query, blocks.key)),
     )
     out = _merge(out)
     B, T, N, _ = q_BTNH.shape
-    lse = lse.reshape(B, N, T)
+    out = checkpoint_name(out, "attention_out")
+    lse = checkpoint_name(lse.reshape(B, N, T), "attention_lse")
     return (out, lse), (q_BTNH, k_BSKH, v_BSKH, mask, out, lse)
 
 
@@ -239,7 +233,7 @@ def _attend_bwd(scale, blocks, residuals, cotangents):
         functools.partial(_backward, scale=scale, blocks=blocks),
         *(_split(q, K), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)),
         *(grouped(lse), grouped(delta - d_lse), _split(d_out, K)),
-        *(mask, *_plan(mask, blocks.query, blocks.key)),
+        *(mask, *masks.block_plan(mask, blocks.query, blocks.key)),
     )
     back = lambda x, like: x.transpose(0, 2, 1, 3).astype(like.dtype)
     return _merge(dq).astype(q.dtype), back(dk, k), back(dv, v), None

@@ -1,0 +1,51 @@
+"""The attention of one block."""
+
+import flax.linen as nn
+import jax
+
+from pallas_kernels import rotary_attention
+from repo_jax.config import DecoderConfig
+from repo_jax.modeling.layers import linear, rms_norm
+from repo_jax.modeling.rope import rotary_frequencies
+
+
+class Attention(nn.Module):
+    """OLMo-2 attention: q and k are normed over their full width, then rotated.
+
+    Positions decide the rotation only; what a token sees is decided by index and document.
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions_BTP: jax.Array | None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """x [B, T, D] -> [B, T, D].
+
+        positions: float32 [B, T, P], P = 1, K or N, or None for no rotation.
+        """
+        c = self.config
+        heads = lambda n, name, axis: linear(c, (n, c.head_dim), ("embed", axis, None), name=name)
+        q_BTNH = heads(c.n_heads, "query", "heads")(x_BTD)
+        k_BTKH = heads(c.n_kv_heads, "key", "kv_heads")(x_BTD)
+        v_BTKH = heads(c.n_kv_heads, "value", "kv_heads")(x_BTD)
+        q_BTNH = rms_norm(c, ("heads", None), name="query_norm")(q_BTNH)
+        k_BTKH = rms_norm(c, ("kv_heads", None), name="key_norm")(k_BTKH)
+        q_BTNH = nn.with_logical_constraint(q_BTNH, ("batch", "length", "heads", None))
+        k_BTKH = nn.with_logical_constraint(k_BTKH, ("batch", "length", "kv_heads", None))
+        v_BTKH = nn.with_logical_constraint(v_BTKH, ("batch", "length", "kv_heads", None))
+
+        inv_freq, rope_scale = rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        out_BTNH = rotary_attention(
+            *(q_BTNH, k_BTKH, v_BTKH, positions_BTP, positions_BTP),
+            q_segment_ids=segment_ids,
+            kv_segment_ids=segment_ids,
+            inv_freq=inv_freq,
+            rope_scale=rope_scale,
+            implementation=c.attention,
+        )
+        return linear(c, c.d_model, ("heads", None, "embed"), inputs=2, name="out")(out_BTNH)

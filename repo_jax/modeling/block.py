@@ -1,0 +1,72 @@
+"""One layer of the decoder."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from repo_jax.config import DecoderConfig, PositionKind
+from repo_jax.modeling.attention import Attention
+from repo_jax.modeling.layers import MLP, rms_norm
+from repo_jax.modeling.repositioning import ContextRePositioning
+
+
+def repositioning(config: DecoderConfig, **options) -> ContextRePositioning:
+    """The f_phi of one RePo layer of `config`."""
+    return ContextRePositioning(
+        columns=config.position_columns,
+        d_position=config.d_position,
+        f_phi=config.positions.f_phi,
+        init_std=config.init_std,
+        column_axis={"kv": "kv_heads", "query": "heads", "shared": None}[config.positions.heads],
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        **options,
+    )
+
+
+class DecoderBlock(nn.Module):
+    """OLMo-2 block: x + norm(attention(x)), then x + norm(mlp(x)).
+
+    Norms come after attention and MLP (arXiv 2501.00656), so f_phi reads the raw residual
+    stream, the same tensor that feeds q, k and v.
+
+    Attributes:
+      config: of the model.
+      kind: `rope`, integer positions; `nope`, none; `repo`, learned.
+    """
+
+    config: DecoderConfig
+    kind: PositionKind
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        segment_ids: jax.Array | None = None,
+        index_weight: float | jax.Array = 0.0,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Runs the layer.
+
+        Args:
+          x_BTD: [B, T, D] in the activation dtype.
+          segment_ids: int32 [B, T], nondecreasing documents from 1; 0 is padding.
+          index_weight: w of (1 - w) z + w index in a `repo` layer.
+
+        Returns:
+          The new x, and the positions used: float32 [B, T, P] (NaN for `nope`).
+        """
+        c = self.config
+        index_BT1 = jnp.broadcast_to(
+            jnp.arange(x_BTD.shape[1], dtype=jnp.float32)[None, :, None], (*x_BTD.shape[:2], 1)
+        )
+        positions = {"rope": index_BT1, "nope": None}.get(self.kind)
+        if self.kind == "repo":
+            positions = repositioning(c, name="repositioning")(x_BTD)
+            if not (isinstance(index_weight, float) and index_weight == 0.0):
+                positions = (1.0 - index_weight) * positions + index_weight * index_BT1
+
+        attended = Attention(c, name="attention")(x_BTD, positions, segment_ids)
+        x_BTD = x_BTD + rms_norm(c, ("embed",), name="attention_norm")(attended)
+        x_BTD = x_BTD + rms_norm(c, ("embed",), name="mlp_norm")(MLP(c, name="mlp")(x_BTD))
+        x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "embed"))
+        return x_BTD, jnp.full_like(index_BT1, jnp.nan) if positions is None else positions
