@@ -262,14 +262,14 @@ class DataConfig:
       prefetch: batches read ahead.
     """
 
-    text: tuple[str, ...] = ()
-    text_suffixes: tuple[str, ...] = (".txt", ".md", ".rst", ".py", ".jsonl")
+    text: tuple[str, ...] | str = ()
+    text_suffixes: tuple[str, ...] | str = (".txt", ".md", ".rst", ".py", ".jsonl")
     text_field: str = "text"
     tokenizer: str = "bytes"
     cache_dir: str = "data"
-    tokens: tuple[str, ...] = ()
+    tokens: tuple[str, ...] | str = ()
     tokens_dtype: Literal["auto", "uint16", "uint32"] = "auto"
-    validation_tokens: tuple[str, ...] = ()
+    validation_tokens: tuple[str, ...] | str = ()
     validation_fraction: float = 0.02
     eos_id: int | None = None
     sequence_length: int = 4096
@@ -459,8 +459,8 @@ class EvalConfig:
     model: str | None = None
     revision: str | None = None
     step: str = "latest"
-    text: tuple[str, ...] = ()
-    tokens: tuple[str, ...] = ()
+    text: tuple[str, ...] | str = ()
+    tokens: tuple[str, ...] | str = ()
     tokenizer: str | None = None
     context_lengths: tuple[int, ...] = ()
     batch_tokens: int = 16_384

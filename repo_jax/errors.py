@@ -18,3 +18,10 @@ class MissingPackageError(ImportError):
             f"{purpose} needs the package {package!r}, which is not installed; "
             f"run: pip install 'repo-jax[{extra}]'"
         )
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on, by no mistake in the configuration.
+
+    Its message is one sentence; the command line prints it alone and exits with status 1.
+    """

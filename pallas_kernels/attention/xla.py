@@ -77,7 +77,7 @@ def _forward(q_KGTH, k_KHS, v_KSH, mask, live, full, *, scale, blocks):
 
             def masked(s):
                 visible = _visible(mask_q, _take(mask, _K_MASK, j, ck))
-                return jnp.where(visible, s.reshape(K, G, cq, ck), -jnp.inf).reshape(s.shape)
+                return jnp.where(visible[None, None], s.reshape(K, G, cq, ck), -jnp.inf).reshape(s.shape)
 
             s = jax.lax.cond(full[i, j], lambda s: s, masked, s)
             m_new = jnp.maximum(m, s.max(-1))
@@ -135,7 +135,7 @@ def _backward(q_KGTH, k_KSH, v_KSH, lse, delta, do_KGTH, mask, live, full, *, sc
             s = _dot(k_scaled, at(q_T, i))  # [K, ck, G * cq]
 
             def masked(s):
-                visible = _visible(_take(mask, _Q_MASK, i, cq), mask_k).T[:, None, :]
+                visible = _visible(_take(mask, _Q_MASK, i, cq), mask_k).T[None, :, None]
                 return jnp.where(visible, s.reshape(K, ck, G, cq), -jnp.inf).reshape(s.shape)
 
             s = jax.lax.cond(full[i, j], lambda s: s, masked, s)

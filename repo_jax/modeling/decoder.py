@@ -92,7 +92,11 @@ class RePoLM(nn.Module):
           `DecoderOutput` with float32 logits [B, T, V].
         """
         hidden_BTD = self.hidden(tokens_BT, segment_ids, index_weight)
-        return DecoderOutput(logits=self.head(hidden_BTD))
+        return DecoderOutput(logits=self.logits(hidden_BTD))
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """The head: what `hidden` returns, [B, T, D], to float32 [B, T, V]."""
+        return self.head(hidden_BTD)
 
     def hidden(self, tokens_BT, segment_ids=None, index_weight=0.0) -> jax.Array:
         """The input of the head, [B, T, D] in the activation dtype."""

@@ -34,7 +34,7 @@ def next_token_targets(tokens_BT, segment_ids=None):
     """
     T = tokens_BT.shape[1]
     targets = jnp.roll(tokens_BT, -1, axis=1)
-    valid = jnp.broadcast_to(jnp.arange(T) < T - 1, tokens_BT.shape)
+    valid = jnp.broadcast_to(jnp.arange(T)[None] < T - 1, tokens_BT.shape)
     if segment_ids is not None:
         valid &= (segment_ids == jnp.roll(segment_ids, -1, axis=1)) & (segment_ids != 0)
     return targets, valid
@@ -105,7 +105,7 @@ def _sums_fwd(h_nBCD, kernel_DV, targets_nBC, weights_nBC, z_loss):
         logits, lse, ce, z = _chunk_losses(h, kernel, targets, weights, z_loss)
         # d ce / d logits = p - onehot; d lse^2 / d logits = 2 lse p.
         p = jnp.exp(logits - lse[..., None])
-        is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+        is_target = jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
         d_logits = p * (weights * (1.0 + 2.0 * z_loss * lse))[..., None]
         d_logits = (d_logits - jnp.where(is_target, weights[..., None], 0.0)).astype(h.dtype)
         d_h = jnp.einsum("BCV,DV->BCD", d_logits, kernel)

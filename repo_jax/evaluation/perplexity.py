@@ -1,0 +1,83 @@
+"""Loss, perplexity and bits per byte of a model on held-out tokens."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from repo_jax.modeling import RePoLM
+from repo_jax.training.loss import cross_entropy, next_token_targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Sums over targets, and the figures made of them.
+
+    Attributes:
+      nll: negative log-likelihood in nats.
+      targets: tokens predicted.
+      bytes: UTF-8 bytes that those tokens stand for; None where that is not known. The end
+        of a document costs bits and stands for no byte.
+    """
+
+    nll: float
+    targets: int
+    bytes: int | None
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nll / self.targets
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), per token."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """nll in bits, over bytes."""
+        return self.nll / math.log(2) / self.bytes if self.bytes else None
+
+
+@functools.partial(jax.jit, static_argnames=("model", "chunk"))
+def _batch_sums(model, params, batch, byte_lengths, chunk):
+    tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
+    targets, counts = next_token_targets(tokens, segment_ids)
+    counts &= batch["valid"][:, None]
+    hidden = model.apply({"params": params}, tokens, segment_ids, method="hidden")
+    sums = cross_entropy(hidden, params["head"]["kernel"], targets, counts, chunk=chunk)
+    return sums.ce, counts.sum(), jnp.where(counts, byte_lengths[targets], 0).sum()
+
+
+def score(
+    model: RePoLM,
+    params,
+    batches: Iterable[dict[str, np.ndarray]],
+    byte_lengths: np.ndarray | None = None,
+    *,
+    chunk: int = 1024,
+) -> Score:
+    """Scores every target of `batches`.
+
+    Args:
+      model, params: as `from_pretrained` or `load_run` returns them.
+      batches: of `tokens` int32 [B, T], `valid` bool [B] and perhaps `segment_ids`, as
+        `data.ValidationBatches` gives them.
+      byte_lengths: int32 [V'], bytes of each id; ids beyond are padding of the vocabulary.
+      chunk: positions whose logits exist at a time.
+    """
+    known = byte_lengths is not None
+    lengths = np.zeros(model.config.vocab_size, np.int32)
+    if known:
+        lengths[: len(byte_lengths)] = byte_lengths
+    nll, targets, n_bytes = 0.0, 0, 0
+    for batch in batches:
+        # Summed on the host in float64: float32 would lose digits over millions of tokens.
+        sums = jax.device_get(_batch_sums(model, params, batch, lengths, chunk))
+        nll, targets, n_bytes = nll + float(sums[0]), targets + int(sums[1]), n_bytes + int(sums[2])
+    return Score(nll, targets, n_bytes if known else None)

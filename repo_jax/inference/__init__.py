@@ -1,0 +1,5 @@
+"""Text from a model."""
+
+from repo_jax.inference.sampling import generate
+
+__all__ = ["generate"]

@@ -1,0 +1,81 @@
+"""Where numbers go: metrics.jsonl always, TensorBoard and Weights & Biases when asked."""
+
+import json
+import math
+from pathlib import Path
+
+from repo_jax.config import TrainingConfig
+from repo_jax.errors import MissingPackageError
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class MetricsWriter:
+    """Appends one JSON object a line, flushed at once. NaN and infinities become null.
+
+    Args:
+      run_dir: of the run.
+      config: says which loggers are wanted besides.
+      start_step: what stands there of later steps is cut off, so that no step stands twice.
+    """
+
+    def __init__(self, run_dir: Path, config: TrainingConfig, start_step: int):
+        self.path = run_dir / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] <= start_step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self.path)
+        self._file = self.path.open("a")
+        self._loggers = []
+        if config.tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                raise MissingPackageError(
+                    "tensorboardX", "training.tensorboard", "loggers"
+                ) from None
+            board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+
+            def to_board(line):
+                for name, value in line.items():
+                    board.add_scalar(name, value, line["step"])
+
+            self._loggers.append((to_board, board.close))
+        if config.wandb_project:
+            try:
+                import wandb
+            except ImportError:
+                raise MissingPackageError("wandb", "training.wandb_project", "loggers") from None
+            run = wandb.init(
+                project=config.wandb_project, id=run_dir.name, resume="allow", dir=str(run_dir)
+            )
+            self._loggers.append((lambda line: run.log(line, step=line["step"]), run.finish))
+
+    def write(self, step: int, **values: float) -> None:
+        """One line."""
+        line = {"step": step, **values}
+        safe = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in line.items()
+        }
+        self._file.write(json.dumps(safe) + "\n")
+        self._file.flush()
+        for log, _ in self._loggers:
+            log(line)
+
+    def close(self) -> None:
+        """Flushes and closes every logger."""
+        self._file.close()
+        for _, close in self._loggers:
+            close()

@@ -1,0 +1,99 @@
+"""The run directory: which config it was started with, and what may change later."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from repo_jax.config import TrainConfig, to_dict
+from repo_jax.errors import ConfigError
+
+# What a started run may change: none of it alters the mathematics of a step.
+_FREE = {
+    "data.cache_dir",
+    "data.prefetch",
+    "init.checkpoint",  # read only before the first step
+    "init.revision",
+    "model.attention",
+    "model.remat",
+    "training.accumulation",
+    "training.checkpoint_every",
+    "training.keep_last",
+    "training.log_every",
+    "training.loss_chunk",
+    "training.progress",
+    "training.schedule_steps",  # compared as the length it stands for, see _mathematics
+    "training.steps",
+    "training.tensorboard",
+    "training.validate_every",
+    "training.validation_windows",
+    "training.wandb_project",
+}
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    # optimizer.rates is one value: its keys are patterns, not options.
+    if not isinstance(tree, dict) or prefix == "optimizer.rates":
+        return {prefix: tree}
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def _mathematics(config: TrainConfig) -> dict[str, Any]:
+    flat = {k: v for k, v in _flatten(to_dict(config)).items() if k not in _FREE}
+    if not config.model.eos_ids:  # filled in from the data when the run started
+        del flat["model.eos_ids"]
+    training = config.training
+    return flat | {"training.schedule_steps": training.schedule_steps or training.steps}
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """The config of a started run.
+
+    Raises:
+      ConfigError: there is none, or it cannot be read.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} is no run directory: it has no config.yaml")
+    # Imported here: reading a config that was written needs no command line otherwise.
+    from repo_jax.cli import parse
+
+    config, _ = parse(TrainConfig, str(path), "", ["--config", str(path)])
+    return config
+
+
+def check(run_dir: Path, config: TrainConfig) -> None:
+    """Raises ConfigError unless `config` can start a run in `run_dir` or continue the one there."""
+    if (run_dir / "config.yaml").is_file():
+        started = _mathematics(read_config(run_dir))
+        for name, value in _mathematics(config).items():
+            if started.get(name) != value:
+                raise ConfigError(
+                    f"{name} is {value!r}, but the run in {run_dir} was started with "
+                    f"{started.get(name)!r}; keep that, or name another --run_dir"
+                )
+    elif run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"--run_dir {run_dir} is a file; name a folder")
+    elif run_dir.is_dir() and any(p.suffix != ".tmp" for p in run_dir.iterdir()):
+        raise ConfigError(
+            f"--run_dir {run_dir} is not empty and has no config.yaml, so it is no run; "
+            "name a new folder"
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--run_dir {run_dir} cannot be made: {error}") from None
+    if not os.access(run_dir, os.W_OK):
+        raise ConfigError(f"--run_dir {run_dir} cannot be written")
+
+
+def write(run_dir: Path, config: TrainConfig) -> None:
+    """Writes the complete config, whole or not at all."""
+    path = run_dir / "config.yaml"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    temporary.replace(path)
