@@ -1,7 +1,9 @@
 """The command line: dataclasses and YAML to options, and mistakes to one sentence."""
 
+import dataclasses
 import difflib
 import importlib.resources
+import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -9,8 +11,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+import yaml
 
-from repo_jax.errors import ConfigError, MissingPackageError
+from repo_jax.errors import ConfigError, MissingPackageError, TrainingError
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -27,14 +30,45 @@ class Parser(jsonargparse.ArgumentParser):
                 return str(ex)
             ex = ex.__cause__ or ex.__context__
         message = " ".join(message.split())
-        unknown = re.search(r"unrecognized arguments: (--[\w.-]+)", message)
-        if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(unknown[1], known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            return f"there is no option {unknown[1]}{hint} (--help lists them)"
-        message = re.sub(r"Expected a <class '(\w+)'>", r"Expected a value of type \1", message)
-        return message.replace("typing.", "")
+        if unknown := _UNKNOWN.search(message):
+            return self._no_such_option(".".join(filter(None, unknown.groups())))
+        if stray := re.search(r"unrecognized arguments: (\S+)", message):
+            return f"the argument {stray[1]!r} belongs to no option; a list is written '[a, b]'"
+        if missing := re.search(r"arguments are required: (.*)", message):
+            return f"not given: {missing[1]}; give options, or a --config file that has them"
+        if wrong := _WRONG_TYPE.search(message):
+            return f"{wrong[1]} is {wrong[3]}; it must be {_readable(wrong[2])}"
+        if wrong := _WRONG_UNION.search(message):
+            return f"{wrong[1]} is {wrong[3]}; it must be {_readable(wrong[2])}"
+        return message
+
+    def _no_such_option(self, name: str) -> str:
+        known = [option for action in self._actions for option in action.option_strings]
+        (near,) = difflib.get_close_matches(f"--{name.removeprefix('--')}", known, n=1) or [""]
+        if not name.startswith("--"):  # of a YAML file
+            near = near.removeprefix("--")
+        hint = f"; did you mean {near}?" if near else ""
+        return f"there is no option {name}{hint} (--help lists them)"
+
+
+# What jsonargparse says, and the parts of it that a user needs.
+_UNKNOWN = re.compile(
+    r"unrecognized arguments: (--[\w.-]+)|Option '([\w.]+)' is not accepted|"
+    r"Group '([\w.]+)' does not accept option '([\w.]+)'"
+)
+_WRONG_TYPE = re.compile(r'^Parser key "([\w.]+)": Expected a (.+?)\. Got value: (.*)$')
+_WRONG_UNION = re.compile(
+    r'^Parser key "([\w.]+)": Does not validate .* Subtypes: \[(.*?)\] Errors: .* '
+    r"Given value: (.*)$"
+)
+
+
+def _readable(types: str) -> str:
+    types = re.sub(r"(?:value of type )?<class '(?:\w+\.)*(\w+)'>", r"\1", types)
+    types = types.replace("typing.", "").replace(", ...]", "]")
+    types = re.sub(r"Literal\[([^]]*)\]", r"one of \1", types)
+    types = re.sub(r"\btuple\b", "list", types).replace("dict", "mapping")
+    return types.replace(", NoneType", " or null")
 
 
 def config_file(name: str) -> Path:
@@ -52,6 +86,25 @@ def config_file(name: str) -> Path:
         return packaged / f"{stem}.yaml"
     known = ", ".join(sorted(p.stem for p in packaged.glob("*.yaml")))
     raise ConfigError(f"--config {name}: there is no such file; packaged configs: {known}")
+
+
+def _check_yaml(file: Path, config_class: type) -> None:
+    try:
+        sections = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise ConfigError(f"--config {file} is not YAML: {reason}") from None
+    if not isinstance(sections, dict):
+        raise ConfigError(f"--config {file} has no options in it; a line is `name: value`")
+    for name, field in config_class.__dataclass_fields__.items():
+        section = sections.get(name, {})
+        if dataclasses.is_dataclass(field.type) and not isinstance(section, dict):
+            value = "empty" if section is None else section
+            raise ConfigError(
+                f"{name} in {file} is {value}; it is a section, with options under it"
+            )
 
 
 def _packaged_configs() -> Path:
@@ -79,27 +132,40 @@ def parse(
     Returns:
       The config, and the other options.
     """
-    parser = Parser(prog=prog, description=description)
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A YAML file, or a packaged config.")
     add(parser)
     parser.add_class_arguments(config_class, as_group=False)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for i, argument in enumerate(arguments):
-        if argument == "--config" and i + 1 < len(arguments):
-            arguments[i + 1] = str(config_file(arguments[i + 1]))
-        elif argument.startswith("--config="):
-            arguments[i] = f"--config={config_file(argument.partition('=')[2])}"
+        name, equals, value = argument.partition("=")
+        if name != "--config" or not (equals or i + 1 < len(arguments)):
+            continue
+        file = config_file(value if equals else arguments[i + 1])
+        _check_yaml(file, config_class)
+        if equals:
+            arguments[i] = f"--config={file}"
+        else:
+            arguments[i + 1] = str(file)
     options = parser.parse_args(arguments)
-    made = parser.instantiate(options)
     fields = config_class.__dataclass_fields__
+    try:
+        made = parser.instantiate(options)
+    except ValueError as error:  # jsonargparse wraps what an optional section raises
+        parser.error(str(error), error)
     config = config_class(**{name: made[name] for name in fields})
     return config, options
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs `main` and exits: a user's mistake is one sentence on stderr and status 2."""
+    # Orbax and Grain warn of ordinary things.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         raise SystemExit(main() or 0)
-    except (ConfigError, MissingPackageError) as error:
+    except (ConfigError, MissingPackageError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(1 if isinstance(error, TrainingError) else 2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

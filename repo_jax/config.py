@@ -120,9 +120,7 @@ class RopeScaling:
     beta_slow: float = 1.0
 
     def __post_init__(self):
-        _require(
-            self.factor >= 1.0, f"rope_scaling.factor is {self.factor}; it must be at least 1"
-        )
+        _require(self.factor >= 1.0, f"rope_scaling.factor is {self.factor}; it must be at least 1")
         _positive(self, "rope_scaling", "original_length", "beta_fast", "beta_slow")
 
 
@@ -228,9 +226,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def decoder_config(preset: str, **changes: Any) -> DecoderConfig:
     """A published OLMo-2 shape: olmo2_1b, olmo2_7b, olmo2_13b or olmo2_32b, with changes."""
-    _require(
-        preset in PRESETS, f"model preset {preset!r} is unknown; known: {', '.join(PRESETS)}"
-    )
+    _require(preset in PRESETS, f"model preset {preset!r} is unknown; known: {', '.join(PRESETS)}")
     return DecoderConfig(**{**PRESETS[preset], **changes})
 
 
@@ -241,19 +237,20 @@ class DataConfig:
     Give `text` (tokenised once, on first use) or `tokens` (token files), not both.
 
     Attributes:
-      text: files, folders or globs: plain text, or JSONL (also .gz, .zst). The name
+      text: files, folders or globs: plain text, or JSON lines (also .gz, .zst). The name
         `python-stdlib` stands for the sources of the running Python's standard library.
       text_suffixes: which files of a folder are read.
       text_field: the field of a JSONL line that holds the text.
       tokenizer: `bytes`; `bpe:N`, a byte-level BPE of N entries trained on the text; or a
         tokenizer.json or a folder that has one.
       cache_dir: where tokenised text is kept, one folder per corpus and tokenizer.
-      tokens: headerless token files (OLMo's `.npy` or ours) or folders written by
-        `python -m repo_jax.tokenize`.
+      tokens: headerless token files (OLMo's `.npy` or ours), globs of them, or folders
+        written by `python -m repo_jax.tokenize`.
       tokens_dtype: of token files; `auto`: what their manifest says, else uint32.
       validation_tokens: token files to validate on, else `validation_fraction` is held out.
       validation_fraction: of documents (text) or of windows (token files) held out.
-      eos_id: the id between documents; None: the manifest's, else the model's first.
+      eos_id: the id between documents; None: the manifest's, which it must not contradict,
+        else the model's first.
       sequence_length: tokens in a window; each window has one target fewer.
       batch_size: windows in a step, over all devices and accumulation steps.
       document_mask: attention stays within a document, and the target across a boundary
@@ -288,6 +285,7 @@ class DataConfig:
             f"data.sequence_length is {self.sequence_length}; it must be at least 2",
         )
         _fraction(self, "data", "validation_fraction")
+        _require(self.seed >= 0, f"data.seed is {self.seed}; it must not be negative")
         _require(
             not (self.text and self.tokens), "data.text and data.tokens are both given; give one"
         )
@@ -390,9 +388,7 @@ class TrainingConfig:
             *("steps", "schedule_steps", "accumulation", "validate_every", "validation_windows"),
             *("log_every", "checkpoint_every", "keep_last", "loss_chunk"),
         )
-        _require(
-            self.z_loss >= 0, f"training.z_loss is {self.z_loss}; it must not be negative"
-        )
+        _require(self.z_loss >= 0, f"training.z_loss is {self.z_loss}; it must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -491,6 +487,4 @@ class EvalConfig:
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain values that YAML and JSON can hold."""
     plain = lambda v: [plain(x) for x in v] if isinstance(v, tuple) else v
-    return dataclasses.asdict(
-        config, dict_factory=lambda items: {k: plain(v) for k, v in items}
-    )
+    return dataclasses.asdict(config, dict_factory=lambda items: {k: plain(v) for k, v in items})

@@ -6,16 +6,16 @@ than a gigabyte of memory.
 """
 
 import math
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import jax
 import numpy as np
 
+from repo_jax import cli
 from repo_jax.config import PositionConfig, RopeScaling
-from repo_jax.errors import ConfigError, MissingPackageError
+from repo_jax.errors import ConfigError
 from repo_jax.interop import checkpoint, config_json, hub
 from repo_jax.interop.load import Source, resolve_config
 from repo_jax.interop.save import MAX_SHARD_BYTES, tokenizer_files
@@ -102,31 +102,24 @@ def _cast(x: np.ndarray, tensor: checkpoint.Tensor) -> np.ndarray:
         raise ConfigError(f"{tensor.name} has numbers beyond {tensor.dtype}") from None
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; 2 after a user's mistake."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Converts what the command line says."""
+    parser = cli.Parser(
+        prog="convert",
+        description="Converts a checkpoint to Hugging Face's layout, without loading it.",
+    )
+    parser.add_function_arguments(convert, skip={"report"})
     try:
-        try:
-            import jsonargparse
-        except ImportError:
-            raise MissingPackageError("jsonargparse", "the command line", "train") from None
-        parser = jsonargparse.ArgumentParser(
-            prog="python -m repo_jax.convert",
-            description="Converts a checkpoint to Hugging Face's layout, without loading it.",
-        )
-        parser.add_function_arguments(convert, skip={"report"})
         options = parser.instantiate(parser.parse_args(arguments))
-        convert(**vars(options), report=print)
-    except (ConfigError, MissingPackageError) as error:
-        mistake = error
     except ValueError as error:  # jsonargparse wraps what a dataclass says about its values
-        if not isinstance(error.__cause__, ConfigError):
-            raise
-        mistake = error.__cause__
-    else:
-        return 0
-    print(f"error: {mistake}", file=sys.stderr)
-    return 2
+        parser.error(str(error), error)
+    convert(**vars(options), report=print)
+
+
+def run() -> None:
+    """The console script."""
+    cli.run(main)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

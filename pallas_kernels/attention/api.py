@@ -11,9 +11,7 @@ from pallas_kernels.rotation.api import check_inv_freq, check_positions
 def _rotated(attend):
     """An implementation that rotates q and k once, then attends."""
 
-    def implementation(
-        q, k, v, positions_q, positions_k, mask, *, scale, inv_freq, rope_scale
-    ):
+    def implementation(q, k, v, positions_q, positions_k, mask, *, scale, inv_freq, rope_scale):
         q, k = rotate(q, k, positions_q, positions_k, inv_freq=inv_freq, rope_scale=rope_scale)
         return attend(q, k, v, mask, scale=scale)
 
@@ -118,9 +116,7 @@ def rotary_attention(
     check_inv_freq(inv_freq, q.shape[-1])
     name = implementation or AUTOMATIC[0]
     if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation {name!r} is unknown; known: {', '.join(IMPLEMENTATIONS)}"
-        )
+        raise ValueError(f"implementation {name!r} is unknown; known: {', '.join(IMPLEMENTATIONS)}")
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     if positions_k is not None and positions_k.shape[-1] > K:

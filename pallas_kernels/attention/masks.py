@@ -57,9 +57,7 @@ def pad(mask: Mask, T: int, S: int) -> Mask:
     """Extends the mask to T queries that see nothing and S keys that nothing sees."""
     fill = {"limit": (T, NOTHING), "index": (S, NEVER), "q_segment": (T, -1), "kv_segment": (S, -2)}
     return {
-        name: jnp.pad(
-            x, ((0, 0), (0, fill[name][0] - x.shape[1])), constant_values=fill[name][1]
-        )
+        name: jnp.pad(x, ((0, 0), (0, fill[name][0] - x.shape[1])), constant_values=fill[name][1])
         for name, x in mask.items()
     }
 

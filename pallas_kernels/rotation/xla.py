@@ -59,7 +59,9 @@ def _bwd(residuals, d_outs):
         dy1, dy2 = (h.astype(jnp.float32) for h in _per_position(dy, positions_BTP.shape[2]))
         # A sum over the channel pairs and over the heads that share the position. Plain
         # multiply and reduce: a dot would be rounded to bf16 on TPU.
-        d_positions += jnp.sum((y1 * dy2 - y2 * dy1) * inv_freq_F[None, None, None, None], axis=(-2, -1))
+        d_positions += jnp.sum(
+            (y1 * dy2 - y2 * dy1) * inv_freq_F[None, None, None, None], axis=(-2, -1)
+        )
     return d_xs, d_positions, None, None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from repo_jax.data.token_files import check_ids
-from repo_jax.errors import ConfigError, MissingPackageError
+from repo_jax.errors import ConfigError
 
 Batch = dict[str, np.ndarray]
 
@@ -40,7 +40,6 @@ class TrainingBatches:
 
     Raises:
       ConfigError: there are fewer windows than a batch has, or no `eos_id` is given.
-      MissingPackageError: without grain.
     """
 
     def __init__(
@@ -56,10 +55,8 @@ class TrainingBatches:
         prefetch: int = 2,
         rows: slice = slice(None),
     ):
-        try:
-            import grain
-        except ImportError:
-            raise MissingPackageError("grain", "reading training batches", "data") from None
+        import grain  # Here, so that all else works on machines without it.
+
         self._windows = _Windows(tokens, sequence_length, document_mask, eos_id, vocab_size)
         if len(self._windows) < batch_size:
             total = sum(len(array) for array in tokens)
@@ -154,6 +151,7 @@ class ValidationBatches:
         return math.ceil(self.windows / self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
+        """From the first batch, each time."""
         for start in range(0, self.windows, self._batch_size):
             batch = self._windows.read(self._indices[start : start + self._batch_size])
             batch["valid"] = np.ones(len(batch["tokens"]), bool)

@@ -176,7 +176,7 @@ class _ZstdStream(io.RawIOBase):
         try:
             import zstandard
         except ImportError:
-            raise MissingPackageError("zstandard", "reading .zst files", "data") from None
+            raise MissingPackageError("zstandard", "reading .zst files", "zstd") from None
         # Frames written with --long have windows beyond the default limit.
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
         self._error = zstandard.ZstdError

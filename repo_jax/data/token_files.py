@@ -100,6 +100,7 @@ class TokenWriter:
         self.tokens = 0
 
     def __enter__(self) -> Self:
+        """Opens a file of a temporary name beside `path`."""
         self._refuse_existing()
         self._file = self._partial.open("xb")
         return self
@@ -113,6 +114,7 @@ class TokenWriter:
         self.tokens += len(ids)
 
     def __exit__(self, kind, error, traceback) -> None:
+        """Gives the file its name, or removes it after an exception."""
         self._file.close()
         try:
             if kind is None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 
-from repo_jax.errors import ConfigError, MissingPackageError
+from repo_jax.errors import ConfigError
 
 EOS = "<|endoftext|>"
 
@@ -31,7 +32,7 @@ class Tokenizer:
       eos_id: the id that ends a document.
     """
 
-    def __init__(self, backend: Any, eos_id: int):
+    def __init__(self, backend: tokenizers.Tokenizer, eos_id: int):
         name = backend.id_to_token(eos_id)
         if name is None:
             raise ConfigError(f"eos_id is {eos_id}; the tokenizer has no such id")
@@ -64,8 +65,8 @@ class Tokenizer:
                 "tokenizer.json or a folder that has one"
             )
         try:
-            backend = _library().Tokenizer.from_file(str(file))
-        except Exception as error:  # noqa: BLE001 (the library raises no narrower one)
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:
             raise ConfigError(f"{file} is not a tokenizer.json: {error}") from None
         # The library numbers added tokens anew, silently, where their ids leave a gap.
         for token in json.loads(file.read_bytes())["added_tokens"]:
@@ -144,10 +145,9 @@ class Tokenizer:
 
 def byte_tokenizer() -> Tokenizer:
     """Ids 0 to 255 are the bytes of UTF-8, 256 is eos."""
-    library = _library()
     vocab = {character: byte for byte, character in enumerate(_byte_alphabet())}
     # Without merges a BPE leaves bytes as they are.
-    return _byte_level(library.models.BPE(vocab=vocab, merges=[]), use_regex=False)
+    return _byte_level(tokenizers.models.BPE(vocab=vocab, merges=[]), use_regex=False)
 
 
 def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
@@ -158,31 +158,21 @@ def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
       size: entries of the vocabulary, at least 257: the 256 bytes, merges, and eos, which is
         the last. Fewer come out where the texts have too few different words.
     """
-    library = _library()
-    trainer = library.trainers.BpeTrainer(
+    trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size - 1, initial_alphabet=_byte_alphabet(), show_progress=False
     )
-    untrained = library.Tokenizer(library.models.BPE())
-    untrained.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    untrained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    untrained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     untrained.train_from_iterator(texts, trainer)
     return _byte_level(untrained.model, use_regex=True)
 
 
-def _library() -> Any:
-    try:
-        import tokenizers
-    except ImportError:
-        raise MissingPackageError("tokenizers", "tokenising text", "data") from None
-    return tokenizers
-
-
 def _byte_level(model: Any, use_regex: bool) -> Tokenizer:
-    library = _library()
-    backend = library.Tokenizer(model)
-    backend.pre_tokenizer = library.pre_tokenizers.ByteLevel(
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
         add_prefix_space=False, use_regex=use_regex
     )
-    backend.decoder = library.decoders.ByteLevel()
+    backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens([EOS])
     return Tokenizer(backend, backend.token_to_id(EOS))
 
@@ -201,7 +191,7 @@ def _byte_alphabet() -> list[str]:
     return alphabet
 
 
-def _byte_lengths(backend: Any, vocab_size: int) -> np.ndarray | None:
+def _byte_lengths(backend: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray | None:
     vocab, added = backend.get_vocab(), backend.get_added_tokens_decoder()
     alphabet = set(_byte_alphabet())
     description = json.loads(backend.to_str())
@@ -227,7 +217,7 @@ def _has_byte_level(stage: Any) -> bool:
     return False
 
 
-def _find_eos(backend: Any, file: Path) -> int:
+def _find_eos(backend: tokenizers.Tokenizer, file: Path) -> int:
     for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json"):
         beside = file.with_name(name)
         if not beside.is_file():

@@ -41,7 +41,9 @@ class GenerateConfig:
 
     def __post_init__(self):
         if (self.run is None) == (self.model is None):
-            raise ConfigError("give one of --run (a run directory) and --model (a folder or hub id)")
+            raise ConfigError(
+                "give one of --run (a run directory) and --model (a folder or hub id)"
+            )
         if not self.prompt:
             raise ConfigError("--prompt is empty; give at least one character")
 

@@ -178,6 +178,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
+        """Its size in a file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

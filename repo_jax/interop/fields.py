@@ -18,6 +18,7 @@ class Fields:
         self.where = where
 
     def __contains__(self, name: str) -> bool:
+        """Whether the field has a value."""
         return self.data.get(name) is not None
 
     def error(self, name: str, right: str) -> ConfigError:

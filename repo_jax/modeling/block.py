@@ -12,12 +12,13 @@ from repo_jax.modeling.repositioning import ContextRePositioning
 
 def repositioning(config: DecoderConfig, **options) -> ContextRePositioning:
     """The f_phi of one RePo layer of `config`."""
+    columns = {"kv": "kv_heads", "query": "heads", "shared": None}[config.positions.heads]
     return ContextRePositioning(
         columns=config.position_columns,
         d_position=config.d_position,
         f_phi=config.positions.f_phi,
         init_std=config.init_std,
-        column_axis={"kv": "kv_heads", "query": "heads", "shared": None}[config.positions.heads],
+        logical_axes=("embed", "position", columns),
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         **options,

@@ -11,7 +11,7 @@ from flax.core import meta
 from repo_jax.config import DecoderConfig
 from repo_jax.modeling import scan
 from repo_jax.modeling.block import DecoderBlock, repositioning
-from repo_jax.modeling.layers import float32_dot, init_weights, linear, rms_norm
+from repo_jax.modeling.layers import Linear, init_weights, rms_norm
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -72,7 +72,7 @@ class RePoLM(nn.Module):
         )
         self.layers = self.param("layers", functools.partial(_init_layers, config=c))
         self.final_norm = rms_norm(c, ("embed",))
-        self.head = linear(c, c.vocab_size, ("embed", "vocab"), dot_general=float32_dot)
+        self.head = Linear(c, (c.vocab_size,), ("embed", "vocab"), out_dtype=jnp.float32)
 
     def __call__(
         self,
@@ -113,24 +113,19 @@ class RePoLM(nn.Module):
         c = self.config
         x_BTD = self.embedding(tokens_BT)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "embed"))
-        f_phi = self.layers.get("repositioning")
+        segments = scan.plan(c.kinds)
         common = {k: v for k, v in self.layers.items() if k != "repositioning"}
+        common = _split(common, [(s.repeats, len(s.pattern)) for s in segments])
+        f_phi = self.layers.get("repositioning")
+        f_phi = _split(f_phi, [(s.repeats, s.pattern.count("repo")) for s in segments])
         kept = []
-        n_repo_done = 0
-        for segment in scan.plan(c.kinds):
-            period, repeats = len(segment.pattern), segment.repeats
-            n_repo = segment.pattern.count("repo")
-            xs = (
-                _groups(common, segment.start, period, repeats),
-                _groups(f_phi, n_repo_done, n_repo, repeats),
-            )
-            n_repo_done += n_repo * repeats
-            body = functools.partial(self._run_pattern, segment.pattern, keep_positions)
+        for segment, params in zip(segments, zip(common, f_phi, strict=True), strict=True):
+            run = functools.partial(self._run_pattern, segment.pattern, keep_positions)
             x_BTD, positions = jax.lax.scan(
-                lambda x, params, body=body: body(params, x, segment_ids, index_weight), x_BTD, xs
+                lambda x, params, run=run: run(params, x, segment_ids, index_weight), x_BTD, params
             )
             if keep_positions:  # [repeats, period, B, T, N]
-                kept.append(positions.reshape(repeats * period, *positions.shape[2:]))
+                kept.append(positions.reshape(-1, *positions.shape[2:]))
         if not keep_positions:
             return x_BTD, None
         return x_BTD, jnp.concatenate(kept).transpose(1, 0, 3, 2)
@@ -154,12 +149,20 @@ class RePoLM(nn.Module):
         return x_BTD, jnp.stack(kept) if keep_positions else None
 
 
-def _groups(params, start: int, size: int, repeats: int):
-    """Layers start .. start + size * repeats - 1 of stacked params, as [repeats, size, ...]."""
-    if size == 0:
-        return None
-    cut = lambda p: p[start : start + size * repeats].reshape(repeats, size, *p.shape[1:])
-    return jax.tree.map(cut, params)
+def _split(params, groups: list[tuple[int, int]]):
+    """Cuts stacked params into a tree for each (repeats, size), arrays [repeats, size, ...].
+
+    By `lax.split`, whose gradient is one concatenation; slices would each be padded to the
+    whole stack and added up.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    parts = [jax.lax.split(leaf, [r * size for r, size in groups]) for leaf in leaves]
+    return [
+        jax.tree.unflatten(
+            structure, [part[i].reshape(r, size, *part[i].shape[1:]) for part in parts]
+        )
+        for i, (r, size) in enumerate(groups)
+    ]
 
 
 def capture_positions(
@@ -180,6 +183,4 @@ def capture_positions(
       float32 [B, L, N, T], before YaRN, repeated to the N query heads; the index in RoPE
       layers and NaN in NoPE layers.
     """
-    return model.apply(
-        {"params": params}, tokens_BT, segment_ids, index_weight, method="positions"
-    )
+    return model.apply({"params": params}, tokens_BT, segment_ids, index_weight, method="positions")

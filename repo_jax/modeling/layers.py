@@ -1,6 +1,7 @@
 """Linear maps, norms and the MLP, as OLMo 2 has them: no biases anywhere."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,60 +10,70 @@ import jax.numpy as jnp
 from repo_jax.config import DecoderConfig
 
 
+def init_weights(std: float, axes: tuple[str | None, ...] | None):
+    """Truncated normal, cut at 3 sigma, with the parameter's logical axis names if given."""
+    init = nn.initializers.truncated_normal(std, lower=-3.0, upper=3.0)
+    return nn.with_logical_partitioning(init, axes) if axes else init
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _contract(x, kernel, n, dtype):
-    dims = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-    return jax.lax.dot_general(x, kernel, (dims, ((), ())), preferred_element_type=dtype)
+def contract(x, kernel, n: int, out_dtype=None):
+    """x [..., *in] times kernel [*in, *out], over the n axes of in.
+
+    Its VJP forms the kernel's gradient as x^T dy; JAX's own rule forms (dy^T x)^T. On CPU
+    XLA fuses what produced dy into the copy that transposes it and evaluates the
+    exponentials there one by one, 18 times slower than in order; x is at hand as it is.
+    """
+    axes = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+    return jax.lax.dot_general(x, kernel, (axes, ((), ())), preferred_element_type=out_dtype)
 
 
-def _contract_bwd(n, dtype, residuals, dy):
+def _contract_fwd(x, kernel, n, out_dtype):
+    return contract(x, kernel, n, out_dtype), (x, kernel)
+
+
+def _contract_bwd(n, out_dtype, residuals, dy):
+    del out_dtype
     x, kernel = residuals
     dy = dy.astype(x.dtype)
-    batch, features = tuple(range(x.ndim - n)), tuple(range(n, kernel.ndim))
-    y_features = tuple(range(len(batch), dy.ndim))
-    dx = jax.lax.dot_general(dy, kernel, ((y_features, features), ((), ())))
+    batch = tuple(range(x.ndim - n))
+    outputs = (tuple(range(len(batch), dy.ndim)), tuple(range(n, kernel.ndim)))
+    dx = jax.lax.dot_general(dy, kernel, (outputs, ((), ())))
     d_kernel = jax.lax.dot_general(x, dy, ((batch, batch), ((), ())))
     return dx, d_kernel
 
 
-_contract.defvjp(lambda x, kernel, n, dtype: (_contract(x, kernel, n, dtype), (x, kernel)), _contract_bwd)
+contract.defvjp(_contract_fwd, _contract_bwd)
 
 
-def dot_general(x, kernel, dimension_numbers, *, precision=None, preferred_element_type=None):
-    """`lax.dot_general` of a linear map, with the kernel's gradient as x^T dy.
+class Linear(nn.Module):
+    """A map of the last `inputs` axes of x to the axes `features`.
 
-    JAX's own rule forms it as (dy^T x)^T. On CPU XLA then fuses what produced dy into the
-    copy that transposes it and evaluates its exponentials one by one there, 18 times
-    slower than in order; x is at hand as it is.
+    The parameter is `kernel` [*in, *features]. (Flax's DenseGeneral draws it flattened, which
+    logical axis names do not survive under a mesh, and has JAX's own VJP.)
+
+    Attributes:
+      config: gives dtypes and init.
+      features: the new axes.
+      axes: logical names of the kernel's axes.
+      inputs: how many axes of x are mapped.
+      out_dtype: of the result; None: the activation dtype.
     """
-    del precision
-    (x_axes, kernel_axes), _ = dimension_numbers
-    n = len(kernel_axes)
-    assert kernel_axes == tuple(range(n)) and x_axes == tuple(range(x.ndim - n, x.ndim))
-    return _contract(x, kernel, n, preferred_element_type)
 
+    config: DecoderConfig
+    features: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    inputs: int = 1
+    out_dtype: Any = None
 
-def init_weights(std: float, axes: tuple[str | None, ...]):
-    """Truncated normal, cut at 3 sigma, with the logical axis names of the parameter."""
-    init = nn.initializers.truncated_normal(std, lower=-3.0, upper=3.0)
-    return nn.with_logical_partitioning(init, axes)
-
-
-def linear(config: DecoderConfig, features, axes, *, inputs: int = 1, **options):
-    """A map of the last `inputs` axes to `features` in the activation dtype.
-
-    The parameter is `kernel` [*in, *features] with logical `axes`.
-    """
-    settings = dict(
-        features=features,
-        axis=tuple(range(-inputs, 0)),
-        use_bias=False,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        kernel_init=init_weights(config.init_std, axes),
-        dot_general=dot_general,
-    )
-    return nn.DenseGeneral(**(settings | options))
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., *in] -> [..., *features]."""
+        c = self.config
+        shape = (*x.shape[x.ndim - self.inputs :], *self.features)
+        init = init_weights(c.init_std, self.axes)
+        kernel = self.param("kernel", init, shape, jnp.dtype(c.param_dtype))
+        return contract(x.astype(c.dtype), kernel.astype(c.dtype), self.inputs, self.out_dtype)
 
 
 def rms_norm(config: DecoderConfig, axes, **options):
@@ -86,15 +97,10 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        up = functools.partial(linear, self.config, self.config.d_ff, ("embed", "mlp"))
-        gate_BTF, up_BTF = up(name="gate")(x_BTD), up(name="up")(x_BTD)
+        c = self.config
+        to_mlp = functools.partial(Linear, c, (c.d_ff,), ("embed", "mlp"))
+        gate_BTF, up_BTF = to_mlp(name="gate")(x_BTD), to_mlp(name="up")(x_BTD)
         hidden_BTF = nn.with_logical_constraint(
             jax.nn.silu(gate_BTF) * up_BTF, ("batch", "length", "mlp")
         )
-        down = linear(self.config, self.config.d_model, ("mlp", "embed"), name="down")
-        return down(hidden_BTF)
-
-
-def float32_dot(*args, **kwargs):
-    """`dot_general` whose result is float32 whatever the operands are."""
-    return dot_general(*args, **(kwargs | {"preferred_element_type": jnp.float32}))
+        return Linear(c, (c.d_model,), ("mlp", "embed"), name="down")(hidden_BTF)

@@ -21,7 +21,7 @@ class ContextRePositioning(nn.Module):
       d_position: P, width of r; not used by `linear`. The paper has D / 8.
       f_phi: `swiglu` or `linear`.
       init_std: of the truncated normal that draws the weights, cut at 3 sigma.
-      column_axis: logical axis name of the columns, for sharding.
+      logical_axes: names of D, P and C for `nn.logical_axis_rules`; None: plain parameters.
       dtype: of the maps W_g and W_c; z itself is always float32.
       param_dtype: of the parameters.
     """
@@ -30,7 +30,7 @@ class ContextRePositioning(nn.Module):
     d_position: int | None = None
     f_phi: Literal["swiglu", "linear"] = "swiglu"
     init_std: float = 0.02
-    column_axis: str | None = "kv_heads"
+    logical_axes: tuple[str | None, str | None, str | None] | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -39,13 +39,14 @@ class ContextRePositioning(nn.Module):
         """h [..., D] of any float dtype -> z float32 [..., C]."""
 
         def to(features, axes, name, dtype, precision=None):
+            names = self.logical_axes and tuple(self.logical_axes["DPC".index(a)] for a in axes)
             return nn.Dense(
                 features,
                 use_bias=False,
                 dtype=dtype,
                 param_dtype=self.param_dtype,
                 precision=precision,
-                kernel_init=init_weights(self.init_std, axes),
+                kernel_init=init_weights(self.init_std, names),
                 name=name,
             )
 
@@ -53,9 +54,9 @@ class ContextRePositioning(nn.Module):
         # to z is float32 and never rounded to bf16 passes, which costs nothing at this width.
         exact = dict(dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)
         if self.f_phi == "linear":
-            return to(self.columns, ("embed", self.column_axis), "linear_map", **exact)(h)
+            return to(self.columns, "DC", "linear_map", **exact)(h)
         width = self.d_position or max(1, h.shape[-1] // 8)
-        gate = to(width, ("embed", "position"), "gate_map", self.dtype)(h)
-        content = to(width, ("embed", "position"), "content_map", self.dtype)(h)
+        gate = to(width, "DP", "gate_map", self.dtype)(h)
+        content = to(width, "DP", "content_map", self.dtype)(h)
         r = jax.nn.silu(gate) * content
-        return to(self.columns, ("position", self.column_axis), "final_map", **exact)(r)
+        return to(self.columns, "PC", "final_map", **exact)(r)

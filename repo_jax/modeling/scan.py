@@ -1,7 +1,8 @@
 """Which layers are scanned together.
 
 Layers of one pattern, repeated, are one `lax.scan` whose body holds the pattern once, so
-the compiled program does not grow with depth. All presets take at most two scans.
+the compiled program does not grow with depth. All presets take at most two scans, the
+second of r2n1 and n2r1 being the one or two layers left over.
 """
 
 import dataclasses
@@ -32,11 +33,18 @@ def plan(kinds: Sequence[str]) -> list[Segment]:
             segment = Segment(start, layers[:period], len(layers) // period)
             options.append((cost + period, [*before, segment]))
         best.append(min(options, key=lambda option: (option[0], len(option[1]))))
-    return best[-1][1]
+    segments = best[-1][1]
+    # What is left after the last whole pattern is not worth a loop of its own.
+    if len(segments) > 1 and _length(segments[-1]) < len(segments[-2].pattern):
+        rest = segments[-1]
+        segments[-1] = Segment(rest.start, rest.pattern * rest.repeats, 1)
+    return segments
+
+
+def _length(segment: Segment) -> int:
+    return len(segment.pattern) * segment.repeats
 
 
 def _period(layers: tuple[str, ...]) -> int:
     n = len(layers)
-    return next(
-        p for p in range(1, n + 1) if n % p == 0 and layers[:p] * (n // p) == layers
-    )
+    return next(p for p in range(1, n + 1) if n % p == 0 and layers[:p] * (n // p) == layers)

@@ -1,7 +1,7 @@
 """Checkpoints of a run, by Orbax: written in the background, kept by age and by loss."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
@@ -26,16 +26,15 @@ def abstract_params(model: RePoLM):
 def _placed(tree):
     """Abstract arrays that will be restored to the default device."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 class Checkpoints:
     """The checkpoints of one run: `checkpoints/<step>/{params,state,data}`.
 
     Parameters are apart from the rest of the state, so that they can be read alone. A
-    checkpoint appears under its number only once it is whole.
+    checkpoint appears under its number only once it is whole. A context manager, which
+    closes.
 
     Args:
       run_dir: of the run.
@@ -59,12 +58,21 @@ class Checkpoints:
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 read_only=keep_last is None,
+                cleanup_tmp_directories=keep_last is not None,  # what a kill left half written
                 # `best_fn` tells Orbax that metrics are there to be read back.
                 best_fn=lambda metrics: metrics[_LOSS],
                 best_mode="min",
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
             ),
         )
+
+    def __enter__(self) -> Self:
+        """Nothing is left to open."""
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Closes."""
+        self.close()
 
     def save(self, state: TrainState, data: dict[str, Any], val_loss: float | None) -> None:
         """Copies the state and writes it in the background."""
@@ -144,6 +152,14 @@ class Checkpoints:
         return self._manager.restore(step, args=args).params
 
 
+def newest_step(run_dir: Path) -> int | None:
+    """The newest whole checkpoint of a run; None where there is none."""
+    if not (run_dir / "checkpoints").is_dir():
+        return None
+    with Checkpoints(run_dir) as checkpoints:
+        return checkpoints.latest
+
+
 def load_run(run_dir: str | Path, step: int | str = "latest") -> tuple[RePoLM, dict]:
     """The model of a run and its parameters.
 
@@ -159,9 +175,6 @@ def load_run(run_dir: str | Path, step: int | str = "latest") -> tuple[RePoLM, d
     """
     run_dir = Path(run_dir)
     model = RePoLM(read_config(run_dir).model)
-    checkpoints = Checkpoints(run_dir)
-    try:
+    with Checkpoints(run_dir) as checkpoints:
         params = checkpoints.restore_params(abstract_params(model), checkpoints.find(step))
-    finally:
-        checkpoints.close()
     return model, params

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from repo_jax.config import DecoderConfig, TrainConfig
+from repo_jax.config import TrainConfig
 from repo_jax.data import Data, open_data
 from repo_jax.errors import ConfigError, TrainingError
 from repo_jax.evaluation.perplexity import Score, score
 from repo_jax.modeling import RePoLM
 from repo_jax.training import run_dir as run_directory
-from repo_jax.training.checkpoints import Checkpoints, abstract_params
-from repo_jax.training.metrics import MetricsWriter
+from repo_jax.training.checkpoints import Checkpoints, abstract_params, newest_step
+from repo_jax.training.metrics import MetricsWriter, require_loggers
 from repo_jax.training.step import TrainState, create_state, make_train_step
 
 # What a checkpoint to start from must have in common with the model to be trained.
@@ -49,7 +49,7 @@ class Summary:
 
 
 def train(config: TrainConfig, run_dir: str | Path) -> Summary:
-    """Trains, resuming what is in `run_dir`.
+    """Trains, resuming what is in `run_dir`; a finished run is left as it is.
 
     Args:
       config: of the run.
@@ -58,10 +58,18 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
     Raises:
       ConfigError: the config, the data, the checkpoint to start from or the directory is
         not as it must be.
+      MissingPackageError: a logger that is asked for is not installed.
       TrainingError: a loss or gradient is not finite.
     """
     run_dir = Path(run_dir)
+    require_loggers(config.training)
     run_directory.check(run_dir, config)
+    newest = newest_step(run_dir)
+    if newest is None:
+        _check_init(config)
+    elif newest >= config.training.steps:
+        print(f"the run in {run_dir} is finished; nothing is left to do", file=sys.stderr)
+        return Summary(newest, True, None, None)
     data = open_data(config.data, config.model)
     if not config.model.eos_ids and data.eos_id is not None:
         model_config = dataclasses.replace(config.model, eos_ids=(data.eos_id,))
@@ -72,9 +80,10 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
     optimizer, step = make_train_step(model, config.optimizer, config.training, abstract)
     step = jax.jit(step, donate_argnums=0)
     run_directory.write(run_dir, config)
+    if data.tokenizer is not None:
+        run_directory.keep_tokenizer(run_dir, data.tokenizer)
 
-    checkpoints = Checkpoints(run_dir, config.training.keep_last)
-    try:
+    with Checkpoints(run_dir, config.training.keep_last) as checkpoints:
         if checkpoints.latest is None:
             params = _first_params(config, model)
             state = create_state(params, optimizer, config.training.seed)
@@ -82,8 +91,6 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
             state = _restore(checkpoints, optimizer, abstract, config, data)
         run = _Run(config, run_dir, model, data, checkpoints)
         return run.go(step, state, batches)
-    finally:
-        checkpoints.close()
 
 
 def _first_params(config: TrainConfig, model: RePoLM):
@@ -94,25 +101,35 @@ def _first_params(config: TrainConfig, model: RePoLM):
         return nn.unbox(jax.jit(model.init)(rng, tokens)["params"])
     from repo_jax.interop import from_pretrained
 
-    loaded, params = from_pretrained(
+    _, params = from_pretrained(
         config.init.checkpoint,
         param_dtype=config.model.param_dtype,
         positions=config.model.positions,
         rng=rng,
         revision=config.init.revision,
     )
-    _check_shared(loaded.config, config)
     return params
 
 
-def _check_shared(loaded: DecoderConfig, config: TrainConfig) -> None:
+def _check_init(config: TrainConfig) -> None:
+    """Raises ConfigError unless the model fits `init.checkpoint`; reads no weights."""
+    if config.init.checkpoint is None:
+        return
+    from repo_jax.interop.checkpoint import Checkpoint
+    from repo_jax.interop.hub import locate
+    from repo_jax.interop.load import Source, resolve_config
+
+    checkpoint = Checkpoint(locate(config.init.checkpoint, config.init.revision))
+    stored, _ = resolve_config(checkpoint, None, None)
     for name in _SHARED:
-        theirs, ours = getattr(loaded, name), getattr(config.model, name)
+        theirs, ours = getattr(stored, name), getattr(config.model, name)
         if theirs != ours:
             raise ConfigError(
                 f"model.{name} is {ours}, but init.checkpoint {config.init.checkpoint} "
                 f"has {theirs}; give that"
             )
+    wanted = dataclasses.replace(stored, positions=config.model.positions)
+    Source(checkpoint, stored, wanted, None)
 
 
 def _restore(checkpoints, optimizer, abstract, config: TrainConfig, data: Data) -> TrainState:
@@ -184,7 +201,7 @@ class _Run:
             number, metrics = pending
             pending = None
             values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-            self._check_finite(number, values)
+            self._check_finite(number, {name: values[name] for name in ("loss", "grad_norm")})
             values.pop("targets")
             if number % training.log_every == 0 or number in (first + 1, training.steps):
                 seconds = timer.lap(number - first)
@@ -211,8 +228,6 @@ class _Run:
                         with timer.paused():
                             self._save(state)
                 flush()
-                if done >= training.steps and self.validated_at is None:  # nothing was left
-                    self._validate(state, writer)
                 self._save(state)
                 self.checkpoints.wait()
             finally:
@@ -234,12 +249,14 @@ class _Run:
         return every is not None and step % every == 0
 
     def _check_finite(self, step: int, values: dict[str, float]) -> None:
-        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             self.checkpoints.wait()
             last = self.checkpoints.latest
-            good = "there is no checkpoint before it" if last is None else (
-                f"the last good checkpoint is {self.checkpoints.folder / str(last)}"
+            good = (
+                "there is no checkpoint before it"
+                if last is None
+                else (f"the last good checkpoint is {self.checkpoints.folder / str(last)}")
             )
             raise TrainingError(
                 f"{bad[0]} is {values[bad[0]]} at step {step}; {good}; a lower "
@@ -260,6 +277,7 @@ class _Run:
             *(self.model, state.params, batches, self.data.byte_lengths),
             chunk=training.loss_chunk,
         )
+        self._check_finite(step, {"val_loss": result.loss})
         self.last_validation, self.validated_at = result, step
         values = {"val_loss": result.loss}
         if result.bits_per_byte is not None:

@@ -1,5 +1,6 @@
 """Where numbers go: metrics.jsonl always, TensorBoard and Weights & Biases when asked."""
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -21,6 +22,21 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 
+def require_loggers(config: TrainingConfig) -> None:
+    """Raises MissingPackageError unless the loggers that are asked for are installed."""
+    if config.tensorboard:
+        _import_logger("tensorboardX", "training.tensorboard")
+    if config.wandb_project:
+        _import_logger("wandb", "training.wandb_project")
+
+
+def _import_logger(package: str, option: str):
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise MissingPackageError(package, option, "loggers") from None
+
+
 class MetricsWriter:
     """Appends one JSON object a line, flushed at once. NaN and infinities become null.
 
@@ -39,24 +55,19 @@ class MetricsWriter:
         self._file = self.path.open("a")
         self._loggers = []
         if config.tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise MissingPackageError(
-                    "tensorboardX", "training.tensorboard", "loggers"
-                ) from None
-            board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+            tensorboard = _import_logger("tensorboardX", "training.tensorboard")
+            board = tensorboard.SummaryWriter(
+                str(run_dir / "tensorboard"), purge_step=start_step + 1
+            )
 
             def to_board(line):
                 for name, value in line.items():
-                    board.add_scalar(name, value, line["step"])
+                    if name != "step" and value is not None:
+                        board.add_scalar(name, value, line["step"])
 
             self._loggers.append((to_board, board.close))
         if config.wandb_project:
-            try:
-                import wandb
-            except ImportError:
-                raise MissingPackageError("wandb", "training.wandb_project", "loggers") from None
+            wandb = _import_logger("wandb", "training.wandb_project")
             run = wandb.init(
                 project=config.wandb_project, id=run_dir.name, resume="allow", dir=str(run_dir)
             )
@@ -66,8 +77,7 @@ class MetricsWriter:
         """One line."""
         line = {"step": step, **values}
         safe = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in line.items()
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
         }
         self._file.write(json.dumps(safe) + "\n")
         self._file.flush()

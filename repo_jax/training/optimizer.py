@@ -22,17 +22,23 @@ def learning_rates(config: OptimizerConfig, steps: int) -> optax.Schedule:
     Step s, counted from 1, of a schedule of S: a rise s / W to the peak in the W steps of
     warm-up, then down so that step S has `final_fraction` of the peak, where it stays.
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
-    fall = max(steps - warmup, 1)
-    if config.schedule == "linear":
-        after = optax.linear_schedule(peak, peak * config.final_fraction, fall)
-    elif config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, fall, alpha=config.final_fraction)
-    else:
-        after = optax.constant_schedule(peak)
-    if warmup:
-        after = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
-    return lambda done: after(done + 1)
+    warmup, final = config.warmup_steps, config.final_fraction
+
+    def rate(done):
+        step = done + 1
+        # From the steps that are left, so that the last one has exactly `final_fraction`.
+        left = jnp.clip((steps - step) / max(steps - warmup, 1), 0.0, 1.0)
+        if config.schedule == "linear":
+            share = final + (1.0 - final) * left
+        elif config.schedule == "cosine":
+            share = final + (1.0 - final) * (1.0 - jnp.cos(jnp.pi * left)) / 2.0
+        else:
+            share = jnp.ones_like(left)
+        if warmup:
+            share = jnp.where(step < warmup, step / warmup, share)
+        return config.learning_rate * share
+
+    return rate
 
 
 def rate_factors(config: OptimizerConfig, params):

@@ -1,12 +1,14 @@
 """The run directory: which config it was started with, and what may change later."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from repo_jax.config import TrainConfig, to_dict
+from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
 
 # What a started run may change: none of it alters the mathematics of a step.
@@ -47,7 +49,8 @@ def _mathematics(config: TrainConfig) -> dict[str, Any]:
     if not config.model.eos_ids:  # filled in from the data when the run started
         del flat["model.eos_ids"]
     training = config.training
-    return flat | {"training.schedule_steps": training.schedule_steps or training.steps}
+    length = training.schedule_steps or training.steps
+    return flat | {"training.schedule_steps (training.steps unless given)": length}
 
 
 def read_config(run_dir: Path) -> TrainConfig:
@@ -97,3 +100,16 @@ def write(run_dir: Path, config: TrainConfig) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     temporary.replace(path)
+
+
+def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> None:
+    """Puts the tokenizer beside the config, so that the run is of use without its corpus."""
+    if (run_dir / "tokenizer.json").exists():
+        return
+    temporary = run_dir / "tokenizer.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save(temporary)
+    # tokenizer.json comes last: where it is, the rest is there too.
+    for file in sorted(temporary.iterdir(), key=lambda f: f.name == "tokenizer.json"):
+        file.replace(run_dir / file.name)
+    temporary.rmdir()

@@ -107,7 +107,9 @@ def make_train_step(
         micro = jax.tree.map(
             lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch
         )
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, jax.tree.map(lambda x: x[0], micro)))
+        zeros = jax.tree.map(
+            jnp.zeros_like, jax.eval_shape(grad, jax.tree.map(lambda x: x[0], micro))
+        )
         add = lambda total, batch: (jax.tree.map(jnp.add, total, grad(batch)), None)
         return jax.lax.scan(add, zeros, micro)[0]
 

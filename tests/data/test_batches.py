@@ -34,7 +34,8 @@ def starts(batches, steps):
 def test_windows_do_not_overlap_nor_reach_across_files():
     batches = training(files(4 * T + 3, T - 1, 7 * T))
     tokens = np.concatenate([batches.at(step)["tokens"] for step in range(11)])
-    assert tokens.dtype == np.int32 and batches.at(0)["tokens"].shape == (B, T)
+    assert tokens.dtype == np.int32
+    assert batches.at(0)["tokens"].shape == (B, T)
     assert np.array_equal(tokens, tokens[:, :1] + np.arange(T))
     first, third = range(0, 4 * T, T), range(5 * T + 2, 12 * T + 2, T)
     assert sorted(tokens[:11, 0]) == [*first, *third]
@@ -157,15 +158,18 @@ def test_validation_has_every_window_once_in_order(lengths, length, batch_size):
         assert len(found) == len(batches)
         assert all(batch["tokens"].shape == (batch_size, length) for batch in found)
         rows = np.concatenate([batch["tokens"][batch["valid"]] for batch in found])
-        assert np.array_equal(rows, expected) and batches.windows == len(expected)
+        assert np.array_equal(rows, expected)
+        assert batches.windows == len(expected)
 
 
 def test_rows_that_fill_the_last_batch_are_zero_and_invalid():
     options = {"sequence_length": T, "batch_size": 2, "document_mask": True, "eos_id": 9}
     first, last = ValidationBatches([np.full(3 * T, 9)], **options)
-    assert first["valid"].tolist() == [True, True] and last["valid"].tolist() == [True, False]
+    assert first["valid"].tolist() == [True, True]
+    assert last["valid"].tolist() == [True, False]
     assert last["valid"].dtype == bool
-    assert not last["tokens"][1].any() and not last["segment_ids"][1].any()
+    assert not last["tokens"][1].any()
+    assert not last["segment_ids"][1].any()
     assert last["segment_ids"].dtype == last["tokens"].dtype == np.int32
 
 

@@ -42,7 +42,8 @@ def test_text_to_batches(options):
     held_out = bytes(validation[validation < 256].astype(np.uint8)).decode()
     assert held_out[:100] not in text
     batch = next(iter(data.validation_batches(sequence_length=8, batch_size=2, max_windows=1)))
-    assert batch["tokens"].shape == (2, 8) and batch["valid"].tolist() == [True, False]
+    assert batch["tokens"].shape == (2, 8)
+    assert batch["valid"].tolist() == [True, False]
 
 
 def test_the_config_reaches_the_batches(options):
@@ -77,7 +78,8 @@ def test_the_end_of_each_token_file_is_held_out(tmp_path):
 def test_nothing_held_out(tmp_path):
     path = token_file(tmp_path / "a.npy", 1000)
     data = open_data(DataConfig(tokens=path, sequence_length=10, validation_fraction=0))
-    assert len(data.train[0]) == 1000 and data.validation == ()
+    assert len(data.train[0]) == 1000
+    assert data.validation == ()
     with pytest.raises(ConfigError, match=r"nothing is held out .* \(it is 0\) or give data\.val"):
         data.validation_batches()
 
@@ -93,7 +95,8 @@ def test_validation_tokens_leave_the_rest_to_training(tmp_path, options):
     assert [len(array) for array in data.train] == [500, 600]
     assert [array[0] for array in data.validation] == [100]
     only = open_data(DataConfig(validation_tokens=held_out))
-    assert only.train == () and len(only.validation[0]) == 70
+    assert only.train == ()
+    assert len(only.validation[0]) == 70
 
 
 @pytest.mark.parametrize("part", ["", "train.bin"])
@@ -168,7 +171,8 @@ def test_text_to_evaluate_on(options, tmp_path):
     whole = open_text(config, tokenizer, MODEL)
     texts = [json.loads(line)["text"] for line in (tmp_path / "a.jsonl").read_text().split("\n")]
     ids = [i for text in texts for i in (*text.encode(), 256)]
-    assert whole.train == () and whole.validation[0].tolist() == ids
+    assert whole.train == ()
+    assert whole.validation[0].tolist() == ids
     assert open_text(config, tokenizer, max_tokens=99).validation[0].tolist() == ids[:99]
     small = DecoderConfig(vocab_size=256, d_model=16, n_layers=1, n_heads=2, d_ff=16)
     with pytest.raises(ConfigError, match=r"has a vocabulary of 257; model\.vocab_size is 256"):

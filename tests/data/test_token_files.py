@@ -80,10 +80,14 @@ def test_ids_that_do_not_fit_the_dtype_are_not_written(tmp_path):
 
 
 def test_nothing_is_left_of_a_file_that_was_not_finished(tmp_path):
-    with pytest.raises(KeyboardInterrupt), TokenWriter(tmp_path / "a.bin", "uint16") as writer:
-        writer.write([1])
-        assert not (tmp_path / "a.bin").exists()
-        raise KeyboardInterrupt
+    def interrupted():
+        with TokenWriter(tmp_path / "a.bin", "uint16") as writer:
+            writer.write([1])
+            assert not (tmp_path / "a.bin").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 

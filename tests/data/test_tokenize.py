@@ -25,7 +25,8 @@ def test_it_writes_a_corpus_and_says_how_to_train_on_it(source, tmp_path, capsys
     main([*arguments, "--validation_fraction", "0.3"])
     manifest = open_corpus(out).manifest
     assert manifest.train.documents + manifest.validation.documents == 20
-    assert manifest.validation_fraction == 0.3 and manifest.vocab_size == 270
+    assert manifest.validation_fraction == 0.3
+    assert manifest.vocab_size == 270
     printed = capsys.readouterr().out
     assert f"{out}/train.bin: {manifest.train.tokens:,} tokens of uint16" in printed
     assert f"--data.tokens {out} --model.vocab_size 270" in printed
@@ -35,7 +36,7 @@ def test_it_writes_a_corpus_and_says_how_to_train_on_it(source, tmp_path, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], '"text" is required'),
+        ([], "arguments are required: text"),
         (["--text", "nowhere"], "text source 'nowhere' does not exist"),
         (["--text", "a", "--tokeniser", "x"], "there is no option --tokeniser; did you mean"),
         (["--text", "a", "--tokenizer", "bpe:9"], "bpe:N needs a whole N of at least 257"),
@@ -49,7 +50,8 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, capsys, monkeypa
         run()
     error = capsys.readouterr().err
     assert message in error
-    assert "error: " in error and error.count("\n") == 1
+    assert "error: " in error
+    assert error.count("\n") == 1
 
 
 def test_as_a_module(source, tmp_path):

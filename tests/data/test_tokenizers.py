@@ -103,7 +103,8 @@ def test_sizes_and_eos():
 def test_special_tokens_have_no_bytes_and_no_text():
     tokenizer = KINDS["foreign"]()
     lengths = tokenizer.byte_lengths
-    assert lengths.dtype == np.int32 and lengths.shape == (353,)
+    assert lengths.dtype == np.int32
+    assert lengths.shape == (353,)
     assert list(lengths[[350, 351, 352]]) == [0, 0, len("é🎉".encode())]
     assert tokenizer.decode([350, *tokenizer.encode("cat"), 351]) == "cat"
 
@@ -118,7 +119,8 @@ def test_training_twice_gives_the_same_tokenizer():
 
 def test_a_small_text_gives_a_smaller_vocabulary():
     tokenizer = train_bpe(["ab"], 1000)
-    assert tokenizer.vocab_size == 258 and tokenizer.eos_id == 257
+    assert tokenizer.vocab_size == 258
+    assert tokenizer.eos_id == 257
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -161,7 +161,7 @@ def test_yarn_is_read_as_both_upstream_readers_do(data):
     assert config.rope_scaling == RopeScaling(4.0, 4096)
     assert config.max_length == 4096
     with pytest.raises(
-        ConfigError, match="factor is 4.0; max_position_embeddings / .* 4096 / 4096"
+        ConfigError, match=r"factor is 4.0; max_position_embeddings / .* 4096 / 4096"
     ):
         read(data | {"rope_scaling": yarn})
 
@@ -275,10 +275,10 @@ def test_unknown_format():
 
 
 def test_folder_without_config(tmp_path):
-    with pytest.raises(ConfigError, match="has no config.json"):
+    with pytest.raises(ConfigError, match=r"has no config.json"):
         config_json.read_folder(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="config.json is not JSON"):
+    with pytest.raises(ConfigError, match=r"config.json is not JSON"):
         config_json.read_folder(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="holds no object"):

@@ -186,7 +186,9 @@ def test_config_and_tensors_must_agree(broken):
     data = json.loads((folder / "config.json").read_text())
     del data["pe_config"]
     (folder / "config.json").write_text(json.dumps(data))
-    with pytest.raises(ConfigError, match="content_map.weight.* of which the config knows nothing"):
+    with pytest.raises(
+        ConfigError, match=r"content_map.weight.* of which the config knows nothing"
+    ):
         from_pretrained(folder)
 
 
@@ -194,10 +196,10 @@ def test_truncated_file(broken):
     folder = broken(lambda tensors: None)
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match="model.safetensors is truncated or not a safetensors"):
+    with pytest.raises(ConfigError, match=r"model.safetensors is truncated or not a safetensors"):
         from_pretrained(folder)
     path.write_bytes(b"not safetensors")
-    with pytest.raises(ConfigError, match="model.safetensors is truncated or not a safetensors"):
+    with pytest.raises(ConfigError, match=r"model.safetensors is truncated or not a safetensors"):
         from_pretrained(folder)
 
 
@@ -205,10 +207,10 @@ def test_files_that_are_not_there(broken):
     folder = broken(lambda tensors: None)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": "model-00001-of-00001.safetensors"}}))
-    with pytest.raises(ConfigError, match="names model-00001-of-00001.safetensors, which is miss"):
+    with pytest.raises(ConfigError, match=r"names model-00001-of-00001.safetensors, which is miss"):
         from_pretrained(folder)
     index.write_text(json.dumps({"weight_map": {"x": "../model.safetensors"}}))
-    with pytest.raises(ConfigError, match="'../model.safetensors', which is outside its folder"):
+    with pytest.raises(ConfigError, match=r"'../model.safetensors', which is outside its folder"):
         from_pretrained(folder)
     index.write_text("[]")
     with pytest.raises(ConfigError, match="is no index of safetensors files"):
@@ -217,29 +219,31 @@ def test_files_that_are_not_there(broken):
     path = folder / "model.safetensors"
     shutil.copy(path, folder / "a.safetensors")
     path.rename(folder / "b.safetensors")
-    with pytest.raises(ConfigError, match="has 2 safetensors files but no model.safetensors.index"):
+    with pytest.raises(
+        ConfigError, match=r"has 2 safetensors files but no model.safetensors.index"
+    ):
         from_pretrained(folder)
 
 
 def test_pickles_are_refused(golden_repo, tmp_path):
     shutil.copy(golden_repo / "config.json", tmp_path)
-    with pytest.raises(ConfigError, match="has no .safetensors file"):
+    with pytest.raises(ConfigError, match=r"has no .safetensors file"):
         from_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(ConfigError, match="has pytorch_model.bin but no safetensors; pickled"):
+    with pytest.raises(ConfigError, match=r"has pytorch_model.bin but no safetensors; pickled"):
         from_pretrained(tmp_path)
 
 
 def test_paths(golden_repo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for missing in ("./x", "/no/such/folder", "x", "a/b/c", "~/no-such-folder", ""):
-        with pytest.raises(ConfigError, match="there is no folder|has no .safetensors"):
+        with pytest.raises(ConfigError, match=r"there is no folder|has no .safetensors"):
             from_pretrained(missing)
     with pytest.raises(ConfigError, match="there is no folder owner/name"):
         from_pretrained(tmp_path.__class__("owner/name"))
-    with pytest.raises(ConfigError, match="model.safetensors is a file; name the folder"):
+    with pytest.raises(ConfigError, match=r"model.safetensors is a file; name the folder"):
         from_pretrained(golden_repo / "model.safetensors")
-    with pytest.raises(ConfigError, match="revision is 'main', but .* is a folder here"):
+    with pytest.raises(ConfigError, match=r"revision is 'main', but .* is a folder here"):
         from_pretrained(golden_repo, revision="main")
     # What exists here wins over a hub id of that name.
     shutil.copytree(golden_repo, tmp_path / "owner" / "name")

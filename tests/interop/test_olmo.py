@@ -180,7 +180,7 @@ def test_a_name_cannot_run_code():
     "pickled", [b"\x80\x04", b"\x80\x04\x85.", b"\x80\x04h\x05.", b"\x80\x04t."]
 )
 def test_a_broken_name(pickled):
-    with pytest.raises(ConfigError, match="is a broken pickle|is not one of OLMo's"):
+    with pytest.raises(ConfigError, match=r"is a broken pickle|is not one of OLMo's"):
         olmo.decode_name(base64.urlsafe_b64encode(pickled).decode())
 
 

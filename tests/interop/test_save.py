@@ -97,13 +97,22 @@ def test_half_precision(dtype, make_model, tmp_path, assert_same):
 
 
 def test_mixed_dtypes_stay_aligned(make_model, tmp_path):
-    model, params = make_model(PositionConfig("rope"), vocab_size=45, d_model=36, n_heads=2)
-    params["final_norm"]["scale"] = params["final_norm"]["scale"].astype(ml_dtypes.bfloat16)
-    params["layers"]["mlp_norm"]["scale"] = params["layers"]["mlp_norm"]["scale"].astype(np.float16)
-    save_pretrained(tmp_path / "a", model, params)
-    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    model, params = make_model(PositionConfig("rope"), d_model=33, head_dim=4)
+    for norm, dtype in (
+        (params["final_norm"], ml_dtypes.bfloat16),
+        (params["layers"]["mlp_norm"], np.float16),
+    ):
+        norm["scale"] = norm["scale"].astype(dtype)
+    save_pretrained(tmp_path / "a", model, params, format="repo_jax")
+    path = tmp_path / "a" / "model.safetensors"
+    tensors = load_file(path)
     np.testing.assert_array_equal(tensors["model.norm.weight"], params["final_norm"]["scale"])
     np.testing.assert_array_equal(tensors["lm_head.weight"], params["head"]["kernel"].T)
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    for name, x in tensors.items():
+        assert (8 + size + header[name]["data_offsets"][0]) % x.itemsize == 0, name
 
 
 def test_shards(make_model, tmp_path, assert_same):
@@ -163,7 +172,7 @@ def test_a_full_disk_is_seen_before(make_model, tmp_path, monkeypatch):
     model, params = make_model()
     usage = lambda folder: type("usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", usage)
-    with pytest.raises(ConfigError, match="needs 0.0 GB; its disk has 0.0 GB free"):
+    with pytest.raises(ConfigError, match=r"needs 0.0 GB; its disk has 0.0 GB free"):
         save_pretrained(tmp_path / "a", model, params)
     assert not (tmp_path / "a").exists()
 
@@ -178,7 +187,7 @@ def test_tokenizer_files_come_along(make_model, tmp_path):
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     }
-    with pytest.raises(ConfigError, match="tokenizer_dir is .*none; there is no such folder"):
+    with pytest.raises(ConfigError, match=r"tokenizer_dir is .*none; there is no such folder"):
         save_pretrained(tmp_path / "b", model, params, tokenizer_dir=tmp_path / "none")
 
 

@@ -1,0 +1,132 @@
+"""The eval command: held-out loss at several context lengths."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from repo_jax import cli
+from repo_jax.config import DataConfig, EvalConfig
+from repo_jax.data import Data, Tokenizer, ValidationBatches, open_data, open_text, trim_tokens
+from repo_jax.errors import ConfigError
+from repo_jax.evaluation.perplexity import Score, score
+from repo_jax.modeling import RePoLM
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Scores a run or a model on held-out text.
+
+    The same tokens are cut into windows of each context length, so that the rows differ in
+    nothing else. The first token of a window is context only.
+
+    Returns:
+      `source`, `step` and `results`: one dict per context length with `context_length`,
+      `loss` (nats per token), `perplexity`, `bits_per_byte` (None for token files),
+      `targets` and `bytes`.
+
+    Raises:
+      ConfigError: nothing to score, or it does not fit.
+    """
+    model, params, step, data = _open(config)
+    model = RePoLM(dataclasses.replace(model.config, dtype=config.dtype))
+    trained_on = data.config.sequence_length
+    lengths = config.context_lengths or (trained_on // 2, trained_on, trained_on * 2)
+    shared = trim_tokens(data.validation, max(lengths), config.max_tokens)
+    if not sum(map(len, shared)):
+        total = sum(map(len, data.validation))
+        raise ConfigError(
+            f"the held-out text has {total} tokens, which is less than the longest of "
+            f"--context_lengths, {max(lengths)}"
+        )
+    results = []
+    for length in lengths:
+        batches = ValidationBatches(
+            shared,
+            sequence_length=length,
+            batch_size=max(1, config.batch_tokens // length),
+            document_mask=data.config.document_mask,
+            eos_id=data.eos_id,
+            vocab_size=model.config.vocab_size,
+        )
+        shown = tqdm(batches, f"context {length}", disable=not sys.stderr.isatty(), leave=False)
+        results.append(_row(length, score(model, params, shown, data.byte_lengths)))
+    return {"source": config.run or config.model, "step": step, "results": results}
+
+
+def _row(length: int, result: Score) -> dict[str, Any]:
+    return {
+        "context_length": length,
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "targets": result.targets,
+        "bytes": result.bytes,
+    }
+
+
+def _open(config: EvalConfig) -> tuple[RePoLM, Any, int | None, Data]:
+    if config.run is not None:
+        from repo_jax.training.checkpoints import Checkpoints, load_run
+        from repo_jax.training.run_dir import read_config
+
+        started = read_config(Path(config.run))
+        with Checkpoints(Path(config.run)) as checkpoints:
+            step = checkpoints.find(config.step)
+        model, params = load_run(config.run, step)
+        if not config.text and not config.tokens:
+            return model, params, step, open_data(started.data, model.config)
+        section, folder = started.data, config.run
+    else:
+        from repo_jax.interop import from_pretrained
+        from repo_jax.interop.hub import locate
+
+        if not config.text and not config.tokens:
+            raise ConfigError("--model needs --text or --tokens: what to evaluate it on")
+        folder, step = locate(config.model, config.revision), None
+        model, params = from_pretrained(folder)
+        section = DataConfig(sequence_length=model.config.max_length)
+    if config.tokens:
+        section = dataclasses.replace(section, text=(), tokens=(), validation_tokens=config.tokens)
+        return model, params, step, open_data(section, model.config)
+    section = dataclasses.replace(section, text=config.text, tokens=())
+    tokenizer = Tokenizer.load(config.tokenizer or folder)
+    data = open_text(section, tokenizer, model.config, max_tokens=config.max_tokens)
+    return model, params, step, data
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for a reader."""
+    lines = [f"{'context':>8} {'loss':>8} {'perplexity':>11} {'bits/byte':>10} {'targets':>10}"]
+    for row in report["results"]:
+        bits = "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
+        lines.append(
+            f"{row['context_length']:>8} {row['loss']:>8.4f} {row['perplexity']:>11.3f} "
+            f"{bits:>10} {row['targets']:>10}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the table and writes the JSON."""
+    config, _ = cli.parse(
+        EvalConfig, "eval.py", "Loss, perplexity and bits per byte on held-out text.", arguments
+    )
+    output = config.output
+    if output is None and config.run is not None:
+        output = Path(config.run) / "evaluation" / "perplexity.json"
+    report = evaluate(config)
+    print(table(report))
+    if output is not None:
+        output = Path(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"written to {output}", file=sys.stderr)
+
+
+def run() -> None:
+    """The console script."""
+    cli.run(main)

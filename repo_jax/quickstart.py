@@ -1,0 +1,81 @@
+"""python -m repo_jax.quickstart: trains, evaluates, samples and plots a small RePo model."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from repo_jax import cli
+from repo_jax.config import EvalConfig
+from repo_jax.data import Tokenizer
+from repo_jax.errors import MissingPackageError
+from repo_jax.evaluation.command import evaluate, table
+from repo_jax.inference import generate
+from repo_jax.training import command as training
+from repo_jax.training.checkpoints import load_run
+from repo_jax.training.metrics import read_metrics
+
+_RUN = Path("runs") / "quickstart"
+_PROMPT = "def read_lines(path):\n"
+
+_NEXT = """\
+What next?
+  the same command again goes on where it stopped, or does nothing once it is finished
+  {python} eval.py --run {run} --context_lengths '[64, 1024]'
+  {python} -m repo_jax.generate --run {run} --prompt 'class Queue:' --temperature 0.8
+  {python} train.py --config configs/quickstart.yaml --model.positions.preset rope --run_dir runs/rope
+"""
+
+
+def plot_losses(run_dir: Path) -> Path:
+    """Draws the losses in metrics.jsonl to `loss.png` in the run directory.
+
+    Raises:
+      MissingPackageError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise MissingPackageError("matplotlib", "the loss plot", "plots") from None
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    for name, label, style in (
+        ("ce_loss", "training", dict(lw=0.8, alpha=0.7)),
+        ("val_loss", "validation", dict(lw=1.6, marker="o", ms=4)),
+    ):
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=run_dir.name)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path = run_dir / "loss.png"
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs every step; options are those of train.py."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    training.main(["--config", "quickstart", "--run_dir", str(_RUN), *given])
+
+    print("\nHeld-out text at several context lengths:")
+    print(table(evaluate(EvalConfig(run=str(_RUN)))))
+
+    model, params = load_run(_RUN)
+    tokenizer = Tokenizer.load(_RUN)
+    (ids,) = generate(
+        *(model, params, [tokenizer.encode(_PROMPT)]),
+        max_new_tokens=96,
+        temperature=0.7,
+        top_p=0.9,
+    )
+    print(f"\nA sample:\n{_PROMPT}{tokenizer.decode(ids)}\n")
+    print(f"Loss curve: {plot_losses(_RUN)}\n")
+    print(_NEXT.format(python=Path(sys.executable).name, run=_RUN), end="")
+
+
+if __name__ == "__main__":
+    cli.run(main)

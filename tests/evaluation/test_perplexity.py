@@ -1,0 +1,162 @@
+"""Loss and bits per byte against the definition, and the command around them."""
+
+import dataclasses
+import json
+import math
+import re
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from repo_jax import cli, save_pretrained
+from repo_jax.config import DecoderConfig, EvalConfig
+from repo_jax.data import ValidationBatches, byte_tokenizer, open_data, segment_ids
+from repo_jax.errors import ConfigError
+from repo_jax.evaluation import command
+from repo_jax.evaluation.command import evaluate
+from repo_jax.evaluation.perplexity import Score, score
+from repo_jax.modeling import RePoLM
+from tests.tiny_runs import make_run, parse, write_config
+
+
+def expected_score(model, params, tokens, length, mask, eos_id=256):
+    """nll, targets and UTF-8 bytes of the targets, by the definition, in float64."""
+    rows = tokens[: len(tokens) // length * length].reshape(-1, length).astype(np.int32)
+    segments = segment_ids(rows, eos_id) if mask else None
+    logits = np.asarray(model.apply({"params": params}, rows, segments).logits, np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    log_p = np.take_along_axis(log_p[:, :-1], rows[:, 1:, None], -1)[..., 0]
+    counts = np.ones_like(rows[:, 1:], bool)
+    if mask:
+        counts = segments[:, 1:] == segments[:, :-1]
+    return -log_p[counts].sum(), counts.sum(), (rows[:, 1:] != eos_id)[counts].sum()
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_score_is_the_definition(mask):
+    # The model's vocabulary is padded beyond the tokenizer's 257 ids.
+    config = DecoderConfig(vocab_size=272, d_model=16, n_layers=1, n_heads=2, d_ff=24)
+    model = RePoLM(dataclasses.replace(config, init_std=0.3))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 257, 16 * 7 + 5).astype(np.uint16)
+    tokens[rng.random(tokens.size) < 0.1] = 256
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), np.zeros((1, 2), np.int32))["params"])
+    batches = ValidationBatches(
+        [tokens], sequence_length=16, batch_size=3, document_mask=mask, eos_id=256
+    )
+    result = score(model, params, batches, byte_tokenizer().byte_lengths, chunk=20)
+    nll, targets, n_bytes = expected_score(model, params, tokens, 16, mask)
+    assert (result.targets, result.bytes) == (targets, n_bytes)
+    assert n_bytes < targets  # some are ends of documents
+    np.testing.assert_allclose(result.nll, nll, rtol=1e-6)
+    np.testing.assert_allclose(result.loss, nll / targets, rtol=1e-6)
+    np.testing.assert_allclose(result.perplexity, math.exp(nll / targets), rtol=1e-5)
+    expected = result.loss / math.log(2) * targets / n_bytes
+    np.testing.assert_allclose(result.bits_per_byte, expected, rtol=1e-12)
+    unknown = score(model, params, batches, chunk=20)
+    assert (unknown.nll, unknown.bytes, unknown.bits_per_byte) == (result.nll, None, None)
+
+
+def test_hopeless_models_have_infinite_perplexity():
+    assert Score(nll=1e6, targets=10, bytes=None).perplexity == math.inf
+
+
+# The command.
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """An untrained run, its model and weights, and the same exported."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    config = parse(write_config(folder))
+    model, params = make_run(folder / "run", config)
+    save_pretrained(folder / "model", model, params, tokenizer_dir=folder / "run")
+    return folder, model, params
+
+
+def test_a_run_on_its_held_out_text_at_several_lengths(run, capsys):
+    folder, model, params = run
+    command.main(["--run", str(folder / "run"), "--context_lengths", "[16, 32, 64]"])
+    printed = capsys.readouterr().out
+    written = json.loads((folder / "run" / "evaluation" / "perplexity.json").read_text())
+    assert (written["source"], written["step"]) == (str(folder / "run"), 0)
+    assert [row["context_length"] for row in written["results"]] == [16, 32, 64]
+    config = parse(folder / "tiny.yaml")
+    (held_out,) = open_data(config.data, config.model).validation
+    # All lengths read the same tokens: as many as fill the longest windows.
+    same = np.asarray(held_out)[: len(held_out) // 64 * 64]
+    for row in written["results"]:
+        expected = expected_score(model, params, same, row["context_length"], mask=False)
+        np.testing.assert_allclose(row["loss"], expected[0] / expected[1], rtol=1e-6)
+        assert (row["targets"], row["bytes"]) == expected[1:]
+        bits = row["loss"] / math.log(2) * row["targets"] / row["bytes"]
+        np.testing.assert_allclose(row["bits_per_byte"], bits, rtol=1e-9)
+        assert f"{row['loss']:.4f}" in printed
+        assert f"{row['bits_per_byte']:.4f}" in printed
+
+
+def test_an_exported_model_scores_as_its_run_does(run):
+    folder, _, _ = run
+    text = dict(text=str(folder / "corpus"), context_lengths=(32,), max_tokens=640)
+    of_run = evaluate(EvalConfig(run=str(folder / "run"), **text))
+    of_model = evaluate(EvalConfig(model=str(folder / "model"), **text))
+    assert of_model["results"] == of_run["results"]
+    assert of_model["source"] == str(folder / "model")
+    assert of_run["results"][0]["targets"] == 640 // 32 * 31
+
+
+def test_token_files_have_no_bits_per_byte(run, capsys):
+    folder, _, _ = run
+    np.arange(96, dtype="<u2").tofile(folder / "tokens.bin")
+    output = folder / "somewhere" / "result.json"
+    with pytest.raises(ConfigError, match="the vocabulary has 257 entries, or the file is not"):
+        evaluate(EvalConfig(model=str(folder / "model"), tokens=str(folder / "tokens.bin")))
+    np.arange(96, dtype="<u4").tofile(folder / "tokens.bin")
+    options = ["--tokens", str(folder / "tokens.bin"), "--context_lengths", "[32]"]
+    command.main(["--model", str(folder / "model"), *options, "--output", str(output)])
+    (row,) = json.loads(output.read_text())["results"]
+    assert (row["bits_per_byte"], row["bytes"], row["targets"]) == (None, None, 93)
+    assert " - " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], r"error: give one of --run \(a run directory\) and --model \(a folder or hub id\)"),
+        (["--run", "{run}", "--model", "{model}"], r"error: give one of --run .* and --model .*"),
+        (["--run", "{run}-of-nobody"], r"error: --run .*-of-nobody: there is no such folder"),
+        (["--run", "{model}"], r"error: .*model is no run directory: it has no config.yaml"),
+        (
+            ["--model", "{model}"],
+            r"error: --model needs --text or --tokens: what to evaluate it on",
+        ),
+        (["--run", "{run}", "--step", "7"], r"error: step '7': .* has the checkpoints 0; latest.*"),
+        (
+            ["--run", "{run}", "--step", "best"],
+            r"error: .* has no checkpoint with a validation loss",
+        ),
+        (
+            ["--run", "{run}", "--context_lengths", "[32, 16000]"],
+            r"error: the held-out text has \d+ tokens, .* the longest of --context_lengths, 16000",
+        ),
+        (
+            ["--run", "{run}", "--context_lengths", "[20000]"],
+            r"error: context_lengths has 20000; each must be 2 to batch_tokens \(16384\)",
+        ),
+        (
+            ["--model", "{model}", "--text", "{corpus}", "--tokenizer", "{corpus}"],
+            r"error: tokenizer '.*corpus': there is no file .*tokenizer.json; give .*",
+        ),
+    ],
+)
+def test_mistakes(run, capsys, options, message):
+    folder, _, _ = run
+    places = {name: str(folder / name) for name in ("run", "model", "corpus")}
+    options = [option.format(**places) for option in options]
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda: command.main(options))
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(message, line), line

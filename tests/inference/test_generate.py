@@ -1,0 +1,171 @@
+"""Continuations: the reference's, and what batches, seeds and filters promise."""
+
+import importlib
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+import repo_jax
+from repo_jax import cli
+from repo_jax.config import DecoderConfig
+from repo_jax.inference import command
+from repo_jax.modeling import RePoLM
+from tests.golden_sets import ROOT, SETS, reference
+from tests.tiny_runs import make_run, parse, write_config
+
+VOCAB = 40
+PROMPTS = [[7], [1, 2, 3], [5, 4, 5, 4, 5, 4, 5], [3] * 12, [1, 2, 3, 30, 20, 10]]
+
+
+@pytest.fixture(scope="module")
+def made():
+    config = DecoderConfig(
+        vocab_size=VOCAB, d_model=16, n_layers=1, n_heads=2, d_ff=24, init_std=0.4, eos_ids=(9,)
+    )
+    model = RePoLM(config)
+    tokens = np.zeros((1, 2), np.int32)
+    # A key whose greedy continuations differ and do not soon repeat themselves.
+    return model, nn.unbox(jax.jit(model.init)(jax.random.key(11), tokens)["params"])
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_greedy_is_the_references(name):
+    model, params = repo_jax.from_pretrained(ROOT / name)
+    tokens, greedy = reference(name)["tokens"], reference(name)["greedy"]
+    given = tokens.shape[1] // 2
+    prompts = greedy[:, :given].tolist()
+    np.testing.assert_array_equal(greedy[:, :given], tokens[:, :given])
+    out = repo_jax.generate(model, params, prompts, max_new_tokens=16, eos_ids=())
+    np.testing.assert_array_equal(out, greedy[:, given:])
+
+
+def test_prompts_of_any_length_are_continued_as_if_alone(made):
+    together = repo_jax.generate(*made, PROMPTS, max_new_tokens=10, eos_ids=())
+    for prompt, continuation in zip(PROMPTS, together, strict=True):
+        (alone,) = repo_jax.generate(*made, [prompt], max_new_tokens=10, eos_ids=())
+        assert continuation == alone
+        assert len(alone) == 10
+        assert all(type(token) is int for token in alone)
+    assert len(set(map(tuple, together))) == len(PROMPTS)
+
+
+def test_greedy_takes_the_likeliest_of_the_whole_sequence(made):
+    model, params = made
+    (continuation,) = repo_jax.generate(model, params, [PROMPTS[1]], max_new_tokens=10, eos_ids=())
+    whole = np.array([PROMPTS[1] + continuation])
+    logits = jax.jit(model.apply)({"params": params}, whole).logits
+    assert np.asarray(logits.argmax(-1))[0, 2:-1].tolist() == continuation
+
+
+def test_eos_ends_and_is_not_included(made):
+    free = repo_jax.generate(*made, PROMPTS, max_new_tokens=10, eos_ids=())
+    # Whatever the second prompt says fourth, and another that it never says.
+    eos = free[1][3]
+    stopped = repo_jax.generate(*made, PROMPTS, max_new_tokens=10, eos_ids=[eos, VOCAB - 1])
+    for whole, cut in zip(free, stopped, strict=True):
+        ends = [i for i, token in enumerate(whole) if token in (eos, VOCAB - 1)]
+        assert cut == whole[: min(ends, default=10)]
+    assert 0 < len(stopped[1]) <= 3
+
+
+def test_the_configs_eos_is_taken_by_default(made):
+    sampled = dict(max_new_tokens=10, temperature=2.0, seed=3)
+    prompts = [[1, 2]] * 8
+    given = repo_jax.generate(*made, prompts, **sampled, eos_ids=(9,))
+    assert repo_jax.generate(*made, prompts, **sampled) == given
+    assert any(len(continuation) < 10 for continuation in given)
+    assert all(9 not in continuation for continuation in given)
+
+
+def test_seeds_and_batches(made):
+    sampled = dict(max_new_tokens=10, temperature=1.0, eos_ids=())
+    eight = [PROMPTS[i % 5] for i in range(8)]
+    first = repo_jax.generate(*made, eight, **sampled, seed=5)
+    assert repo_jax.generate(*made, eight, **sampled, seed=5) == first
+    assert repo_jax.generate(*made, eight, **sampled, seed=6) != first
+    # The same prompt draws again in a batch, but as it does alone where it comes first.
+    assert first[0] != first[5]
+    for prompt, continuation in list(zip(eight, first, strict=True))[:5]:
+        (alone,) = repo_jax.generate(*made, [prompt], **sampled, seed=5)
+        assert alone == continuation
+
+
+@pytest.mark.parametrize("only_one", [dict(top_k=1), dict(top_p=1e-6), dict(top_k=3, top_p=1e-6)])
+def test_the_likeliest_alone_is_greedy(made, only_one):
+    greedy = repo_jax.generate(*made, PROMPTS, max_new_tokens=8, eos_ids=())
+    sampled = repo_jax.generate(
+        *made, PROMPTS, max_new_tokens=8, temperature=3.0, seed=1, eos_ids=(), **only_one
+    )
+    assert sampled == greedy
+
+
+def test_filters_keep_what_they_say(made):
+    model, params = made
+    prompts = [[1, 2, 3]] * 400
+    logits = np.asarray(model.apply({"params": params}, np.array([[1, 2, 3]])).logits, np.float64)
+    p = np.exp(logits[0, -1] / 1.5) / np.exp(logits[0, -1] / 1.5).sum()
+    order = np.argsort(-p)
+    options = dict(max_new_tokens=1, temperature=1.5, eos_ids=())
+    drawn = lambda **more: {out[0] for out in repo_jax.generate(*made, prompts, **options, **more)}
+    assert drawn(top_k=3) == set(order[:3].tolist())
+    # The fewest tokens whose probability reaches 0.5.
+    needed = int(np.searchsorted(np.cumsum(p[order]), 0.5)) + 1
+    assert drawn(top_p=0.5) == set(order[:needed].tolist())
+    assert len(drawn()) > max(3, needed)
+
+
+def test_draws_follow_the_probabilities(made):
+    model, params = made
+    logits = model.apply({"params": params}, np.array([[1, 2, 3]])).logits[0, -1]
+    p = np.asarray(jax.nn.softmax(logits / 2.0), np.float64)
+    n = 2000
+    options = dict(max_new_tokens=1, temperature=2.0, eos_ids=())
+    out = repo_jax.generate(*made, [[1, 2, 3]] * n, **options)
+    seen = np.bincount([continuation[0] for continuation in out], minlength=VOCAB)
+    # Five standard deviations of each count, whose draws are fixed by the seed.
+    assert np.all(np.abs(seen - n * p) <= 5 * np.sqrt(n * p * (1 - p)) + 1)
+
+
+def test_no_prompts_no_continuations(made):
+    assert repo_jax.generate(*made, []) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[1], []], {}, r"prompts\[1\] is empty; it needs at least one token id"),
+        ([[1, VOCAB]], {}, r"prompts\[0\] has the id 40; the vocabulary has 40"),
+        ([[1], [-1]], {}, r"prompts\[1\] has the id -1"),
+        ([[1]], dict(max_new_tokens=0), "max_new_tokens is 0"),
+        ([[1]], dict(temperature=-0.5), "temperature is -0.5"),
+        ([[1]], dict(temperature=1.0, top_k=0), "top_k is 0"),
+        ([[1]], dict(temperature=1.0, top_p=0.0), "top_p is 0.0"),
+        ([[1]], dict(temperature=1.0, top_p=1.5), "top_p is 1.5"),
+    ],
+)
+def test_wrong_arguments_are_named(made, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        repo_jax.generate(*made, prompts, **options)
+
+
+def test_the_function_stays_under_its_name():
+    function = repo_jax.generate
+    module = importlib.import_module("repo_jax.generate")
+    assert repo_jax.generate is function is module
+    assert callable(repo_jax.generate)
+
+
+def test_the_command_continues_a_prompt(tmp_path, capsys):
+    config = parse(write_config(tmp_path))
+    model, params = make_run(tmp_path / "run", config)
+    options = ["--run", str(tmp_path / "run"), "--max_new_tokens", "5"]
+    command.main(["--prompt", "abc", *options])
+    (ids,) = repo_jax.generate(model, params, [list(b"abc")], max_new_tokens=5)
+    expected = "abc" + bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+    assert capsys.readouterr().out == expected + "\n"
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda: command.main(["--prompt", "abc", *options, "--top_p", "3"]))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: top_p is 3.0, which is out of range\n"

@@ -1,0 +1,254 @@
+"""rotary_attention: every implementation against float64, and what its mask promises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pallas_kernels import rotary_attention
+from pallas_kernels.attention import masks, xla
+
+H = 8
+INV_FREQ = (10_000.0 ** (-np.arange(0, H, 2) / H)).astype(np.float32)
+
+
+def case(seed, *, T=19, S=None, N=4, K=2, P=2, spread=3.0):
+    S = S or T
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    positions = spread * normal(2, max(S, T), P)
+    return dict(
+        q=normal(2, T, N, H),
+        k=normal(2, S, K, H),
+        v=normal(2, S, K, H),
+        positions_q=positions[:, -T:],
+        positions_k=positions[:, -S:],
+    )
+
+
+def exact(q, k, v, positions_q, positions_k, *, visible, inv_freq=INV_FREQ, rope_scale=1.0):
+    """Plain attention in whatever precision jax has; `visible` bool [B, T, S]."""
+    N, K = q.shape[2], k.shape[2]
+
+    def turn(x, z):
+        if z is None:
+            return x
+        z = jnp.repeat(z, x.shape[2] // z.shape[2], -1)
+        angle = z[..., None] * jnp.asarray(inv_freq)[None, None, None]
+        cos, sin = rope_scale * jnp.cos(angle), rope_scale * jnp.sin(angle)
+        a, b = jnp.split(x, 2, -1)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    k, v = (jnp.repeat(x, N // K, 2) for x in (k, v))
+    s = jnp.einsum("BTNH,BSNH->BNTS", turn(q, positions_q), turn(k, positions_k)) * H**-0.5
+    s = jnp.where(visible[:, None], s, -1e30)
+    w = jnp.where(visible[:, None], jax.nn.softmax(s, -1), 0.0)
+    return jnp.einsum("BNTS,BSNH->BTNH", w, v)
+
+
+def check(arrays, visible, *, grad=True, tolerance=3e-6, **options):
+    """Both implementations, forward and all gradients, against float64."""
+    names = list(arrays)
+    cotangent = jnp.asarray(np.random.default_rng(9).normal(size=arrays["q"].shape), jnp.float32)
+
+    def loss(f, cotangent):
+        return lambda *args: jnp.vdot(f(**dict(zip(names, args, strict=True))), cotangent)
+
+    with jax.enable_x64(True):
+        wide = [np.asarray(arrays[n], np.float64) for n in names]
+        true = lambda **a: exact(**a, visible=visible)
+        expected = np.asarray(true(**dict(zip(names, map(jnp.asarray, wide), strict=True))))
+        d_true = jax.grad(loss(true, np.asarray(cotangent, np.float64)), tuple(range(5)))(*wide)
+        d_true = [np.asarray(d) for d in d_true]
+    for implementation in ("reference", "xla"):
+        ours = lambda **a: rotary_attention(
+            **a, inv_freq=INV_FREQ, implementation=implementation, **options
+        )
+        np.testing.assert_allclose(ours(**arrays), expected, atol=tolerance, err_msg=implementation)
+        if not grad:
+            continue
+        grads = jax.grad(loss(ours, cotangent), tuple(range(5)))(*arrays.values())
+        for name, d, true_d in zip(names, grads, d_true, strict=True):
+            scale = max(1.0, np.abs(true_d).max())
+            np.testing.assert_allclose(
+                d / scale, true_d / scale, atol=tolerance, err_msg=f"{implementation} d{name}"
+            )
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks far below the lengths, so that skipping and partial blocks happen."""
+    monkeypatch.setattr(xla, "default_blocks", lambda *_: xla.BlockSizes(query=8, key=8))
+
+
+def causal(T, S=None):
+    S = S or T
+    return np.broadcast_to(np.arange(S)[None] <= np.arange(T)[:, None] + S - T, (2, T, S))
+
+
+@given(
+    seed=st.integers(0, 99),
+    T=st.integers(1, 40),
+    heads=st.sampled_from([(4, 4, 4), (4, 2, 2), (4, 2, 1), (4, 1, 1), (4, 4, 1), (6, 2, 2)]),
+)
+def test_causal(seed, T, heads):
+    N, K, P = heads
+    check(case(seed, T=T, N=N, K=K, P=P), causal(T))
+
+
+def test_one_position_per_query_head_rotates_each_key_for_its_query():
+    arrays = case(0, N=4, K=2, P=4)
+    repeated = arrays | {n: jnp.repeat(arrays[n], 2, 2) for n in "kv"}
+    expected = exact(**repeated, visible=causal(19))
+    for implementation in ("reference", "xla"):
+        out = rotary_attention(**arrays, inv_freq=INV_FREQ, implementation=implementation)
+        np.testing.assert_allclose(out, expected, atol=3e-6)
+
+
+def test_without_positions():
+    arrays = case(1) | {"positions_q": None, "positions_k": None}
+    expected = exact(**arrays, visible=causal(19))
+    for implementation in ("reference", "xla"):
+        out = rotary_attention(**arrays, inv_freq=INV_FREQ, implementation=implementation)
+        np.testing.assert_allclose(out, expected, atol=3e-6)
+
+
+def test_fewer_queries_than_keys_stand_at_the_end():
+    check(case(2, T=5, S=23), causal(5, 23))
+
+
+def test_not_causal():
+    check(case(3), np.ones((2, 19, 19), bool), causal=False)
+
+
+@given(seed=st.integers(0, 99))
+def test_permuted_indices(seed):
+    """Context parallelism balances the causal mask by giving a device scattered tokens."""
+    rng = np.random.default_rng(seed)
+    T = 24
+    order = np.stack([rng.permutation(T) for _ in range(2)]).astype(np.int32)
+    visible = order[:, None, :] <= order[:, :, None]
+    check(case(seed, T=T), visible, q_index=jnp.asarray(order), kv_index=jnp.asarray(order))
+
+
+@given(seed=st.integers(0, 99))
+def test_documents_and_padding(seed):
+    rng = np.random.default_rng(seed)
+    T = 33
+    ids = np.sort(rng.integers(1, 5, (2, T)), axis=1).astype(np.int32)
+    ids[1, -rng.integers(1, 9) :] = 0
+    visible = causal(T) & (ids[:, :, None] == ids[:, None, :]) & (ids[:, :, None] != 0)
+    ids = jnp.asarray(ids)
+    check(case(seed, T=T), visible, q_segment_ids=ids, kv_segment_ids=ids)
+
+
+def test_cache_filled_in_part():
+    length = jnp.array([7, 12], jnp.int32)
+    slots = np.arange(16)
+    visible = np.stack([slots[None] <= np.arange(n - 3, n)[:, None] for n in (7, 12)]) & (
+        slots[None, None] < np.asarray(length)[:, None, None]
+    )
+    check(case(4, T=3, S=16), visible, kv_length=length)
+
+
+def test_queries_that_see_nothing_are_zero_and_give_no_gradient():
+    arrays = case(5)
+    ids = jnp.zeros((2, 19), jnp.int32).at[:, :4].set(1)
+
+    def out(**a):
+        return rotary_attention(
+            **a, inv_freq=INV_FREQ, q_segment_ids=ids, kv_segment_ids=ids, return_lse=True
+        )
+
+    values, lse = out(**arrays)
+    assert not values[:, 4:].any()
+    assert np.isneginf(lse[..., 4:]).all()
+    assert np.isfinite(lse[..., :4]).all()
+    grads = jax.grad(lambda a: out(**a)[0].sum())(arrays)
+    for grad in jax.tree.leaves(grads):
+        assert np.isfinite(grad).all()
+        assert not grad[:, 4:].any()
+
+
+def test_logsumexp_and_its_gradient():
+    """Context parallelism combines partial results by lse, so it is differentiated too."""
+    arrays = case(6)
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 19)), jnp.float32)
+    both = lambda implementation: jax.value_and_grad(
+        lambda a: jnp.vdot(
+            rotary_attention(
+                **a, inv_freq=INV_FREQ, return_lse=True, implementation=implementation
+            )[1],
+            weights,
+        )
+    )(arrays)
+    (value, grads), (expected, expected_grads) = both("xla"), both("reference")
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for name, grad in grads.items():
+        np.testing.assert_allclose(grad, expected_grads[name], atol=1e-5, err_msg=name)
+
+
+def test_bfloat16_is_close_to_float32():
+    arrays = case(7, T=64)
+    halved = {n: x.astype(jnp.bfloat16) if n in ("q", "k", "v") else x for n, x in arrays.items()}
+    out = rotary_attention(**halved, inv_freq=INV_FREQ)
+    assert out.dtype == jnp.bfloat16
+    expected = rotary_attention(**arrays, inv_freq=INV_FREQ)
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.05)
+
+
+def test_blocks_that_see_nothing_are_left_out():
+    """Causal attention over n x n blocks visits the lower triangle; four documents their own."""
+    T = 64
+    build = lambda ids: masks.build(
+        (1, T, T),
+        q_index=None,
+        kv_index=None,
+        q_segment_ids=ids,
+        kv_segment_ids=ids,
+        kv_length=None,
+        causal=True,
+    )
+    live, full = masks.block_plan(build(None), 8, 8)
+    np.testing.assert_array_equal(live[0], np.tril(np.ones((8, 8), bool)))
+    np.testing.assert_array_equal(full[0], np.tril(np.ones((8, 8), bool), -1))
+    documents = jnp.repeat(jnp.arange(1, 5, dtype=jnp.int32), 16)[None]
+    live, full = masks.block_plan(build(documents), 8, 8)
+    own = np.kron(np.eye(4, dtype=bool), np.ones((2, 2), bool))
+    np.testing.assert_array_equal(live[0], own & np.tril(np.ones((8, 8), bool)))
+    np.testing.assert_array_equal(full[0], own & np.tril(np.ones((8, 8), bool), -1))
+
+
+def test_memory_grows_with_length_not_its_square(monkeypatch):
+    monkeypatch.undo()  # the block sizes that users get
+
+    def temporary_bytes(T):
+        x = jax.ShapeDtypeStruct((1, T, 2, 16), jnp.float32)
+        z = jax.ShapeDtypeStruct((1, T, 2), jnp.float32)
+        freq = np.ones(8, np.float32)
+        loss = lambda q, k, v, z: rotary_attention(q, k, v, z, z, inv_freq=freq).sum()
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(x, x, x, z).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = temporary_bytes(4096), temporary_bytes(16_384)
+    assert large < 4.5 * small
+    assert large < 16_384**2  # one byte a pair
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(implementation="nope"), "implementation 'nope' is unknown; known: reference, xla"),
+        (dict(k=jnp.zeros((2, 19, 3, H)), v=jnp.zeros((2, 19, 3, H))), "3 key/value heads do not"),
+        (dict(positions_q=jnp.zeros((2, 19, 3))), "3 columns, which do not divide the 4 heads"),
+        (dict(positions_q=None), "must both be given or both be None"),
+        (dict(q_index=jnp.zeros((2, 19))), "q_index has dtype float32"),
+        (dict(kv_length=jnp.zeros((3,), jnp.int32)), r"kv_length has shape \(3,\)"),
+        (dict(q_segment_ids=jnp.zeros((2, 19), jnp.int32)), "kv_segment_ids must both be given"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        rotary_attention(**(case(0) | dict(inv_freq=INV_FREQ) | change))
