@@ -21,7 +21,7 @@ class Segment:
 def plan(kinds: Sequence[str]) -> list[Segment]:
     """Cuts the layers into repeated patterns with the fewest layer bodies to compile.
 
-    Ties go to fewer segments. Shortest paths over cut points: O(L^3), L being tens.
+    Ties go to fewer segments, then to whole patterns first. Shortest paths over cut points: O(L^3), L being tens.
     """
     best: list[tuple[int, list[Segment]]] = [(0, [])]
     for end in range(1, len(kinds) + 1):
@@ -32,7 +32,7 @@ def plan(kinds: Sequence[str]) -> list[Segment]:
             period = _period(layers)
             segment = Segment(start, layers[:period], len(layers) // period)
             options.append((cost + period, [*before, segment]))
-        best.append(min(options, key=lambda option: (option[0], len(option[1]))))
+        best.append(min(options, key=lambda o: (o[0], len(o[1]), _length(o[1][-1]))))
     segments = best[-1][1]
     # What is left after the last whole pattern is not worth a loop of its own.
     if len(segments) > 1 and _length(segments[-1]) < len(segments[-2].pattern):
