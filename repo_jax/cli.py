@@ -17,7 +17,13 @@ from repo_jax.errors import ConfigError, MissingPackageError, TrainingError
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """A parser whose errors are one line without the list of all options."""
+    """A parser whose errors are one line without the list of all options.
+
+    An option is known by its whole name only: the beginning of one may be a misspelt other.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong and exits with status 2."""
@@ -33,14 +39,18 @@ class Parser(jsonargparse.ArgumentParser):
         if unknown := _UNKNOWN.search(message):
             return self._no_such_option(".".join(filter(None, unknown.groups())))
         if stray := re.search(r"unrecognized arguments: (\S+)", message):
-            return f"the argument {stray[1]!r} belongs to no option; a list is written '[a, b]'"
-        if missing := re.search(r"arguments are required: (.*)", message):
-            return f"not given: {missing[1]}; give options, or a --config file that has them"
+            hint = "; a list is written '[a, b]'" if self._takes_config() else ""
+            return f"the argument {stray[1]!r} belongs to no option{hint}"
+        if "arguments are required: " in message and self._takes_config():
+            return f"{message}; give options, or a --config file that has them"
         if wrong := _WRONG_TYPE.search(message):
             return f"{wrong[1]} is {wrong[3]}; it must be {_readable(wrong[2])}"
         if wrong := _WRONG_UNION.search(message):
             return f"{wrong[1]} is {wrong[3]}; it must be {_readable(wrong[2])}"
         return message
+
+    def _takes_config(self) -> bool:
+        return "--config" in self._option_string_actions
 
     def _no_such_option(self, name: str) -> str:
         known = [option for action in self._actions for option in action.option_strings]
@@ -132,7 +142,7 @@ def parse(
     Returns:
       The config, and the other options.
     """
-    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = Parser(prog=prog, description=description)
     parser.add_argument("--config", action="config", help="A YAML file, or a packaged config.")
     add(parser)
     parser.add_class_arguments(config_class, as_group=False)

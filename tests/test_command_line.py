@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from repo_jax import cli
+from repo_jax import cli, tokenize
 from repo_jax.data import train_bpe
 from repo_jax.evaluation import command as evaluation
 from repo_jax.training import command as training
@@ -254,9 +254,20 @@ def test_a_missing_package_is_named_with_what_installs_it(
 
 def test_no_config(capsys):
     assert said(capsys, training.main, []) == (
-        "train.py: error: not given: model.vocab_size, model.d_model, model.n_layers, "
-        "model.n_heads, model.d_ff; give options, or a --config file that has them"
+        "train.py: error: the following arguments are required: model.vocab_size, "
+        "model.d_model, model.n_layers, model.n_heads, model.d_ff; give options, or a --config "
+        "file that has them"
     )
+
+
+def test_no_argument_of_a_command_without_configs(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tokenize"])
+    line = said(capsys, lambda _: tokenize.main(), [])
+    assert line.startswith("tokenize: error: the following arguments are required: ")
+    assert "--config" not in line
+    monkeypatch.setattr(sys, "argv", ["tokenize", "--text", "a", "--out", "b", "--text_suf", ".c"])
+    line = said(capsys, lambda _: tokenize.main(), [])
+    assert "there is no option --text_suf; did you mean --text_suffixes?" in line
 
 
 def test_no_run_dir_to_be_named_after_a_config(capsys, tmp_path, folder):

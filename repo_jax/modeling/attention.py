@@ -5,7 +5,7 @@ import jax
 
 from pallas_kernels import rotary_attention
 from repo_jax.config import DecoderConfig
-from repo_jax.modeling.layers import Linear, rms_norm
+from repo_jax.modeling.layers import Linear, RMSNorm
 from repo_jax.modeling.rope import rotary_frequencies
 
 
@@ -33,8 +33,8 @@ class Attention(nn.Module):
         q_BTNH = heads(c.n_heads, "query", "heads")(x_BTD)
         k_BTKH = heads(c.n_kv_heads, "key", "kv_heads")(x_BTD)
         v_BTKH = heads(c.n_kv_heads, "value", "kv_heads")(x_BTD)
-        q_BTNH = rms_norm(c, ("heads", None), name="query_norm")(q_BTNH)
-        k_BTKH = rms_norm(c, ("kv_heads", None), name="key_norm")(k_BTKH)
+        q_BTNH = RMSNorm(c, ("heads", None), name="query_norm")(q_BTNH)
+        k_BTKH = RMSNorm(c, ("kv_heads", None), name="key_norm")(k_BTKH)
         q_BTNH = nn.with_logical_constraint(q_BTNH, ("batch", "length", "heads", None))
         k_BTKH = nn.with_logical_constraint(k_BTKH, ("batch", "length", "kv_heads", None))
         v_BTKH = nn.with_logical_constraint(v_BTKH, ("batch", "length", "kv_heads", None))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from repo_jax.config import DecoderConfig, PositionKind
 from repo_jax.modeling.attention import Attention
-from repo_jax.modeling.layers import MLP, rms_norm
+from repo_jax.modeling.layers import MLP, RMSNorm
 from repo_jax.modeling.repositioning import ContextRePositioning
 
 
@@ -67,7 +67,7 @@ class DecoderBlock(nn.Module):
                 positions = (1.0 - index_weight) * positions + index_weight * index_BT1
 
         attended = Attention(c, name="attention")(x_BTD, positions, segment_ids)
-        x_BTD = x_BTD + rms_norm(c, ("embed",), name="attention_norm")(attended)
-        x_BTD = x_BTD + rms_norm(c, ("embed",), name="mlp_norm")(MLP(c, name="mlp")(x_BTD))
+        x_BTD = x_BTD + RMSNorm(c, ("embed",), name="attention_norm")(attended)
+        x_BTD = x_BTD + RMSNorm(c, ("embed",), name="mlp_norm")(MLP(c, name="mlp")(x_BTD))
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "embed"))
         return x_BTD, jnp.full_like(index_BT1, jnp.nan) if positions is None else positions

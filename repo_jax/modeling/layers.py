@@ -76,18 +76,82 @@ class Linear(nn.Module):
         return contract(x.astype(c.dtype), kernel.astype(c.dtype), self.inputs, self.out_dtype)
 
 
-def rms_norm(config: DecoderConfig, axes, **options):
-    """RMSNorm over as many trailing axes as `axes` names; statistics in float32."""
-    over = tuple(range(-len(axes), 0))
-    return nn.RMSNorm(
-        epsilon=config.norm_eps,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, axes),
-        reduction_axes=over,
-        feature_axes=over,
-        **options,
-    )
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def normalize(x, scale, eps: float):
+    """x / rms(x) * scale, over the trailing axes that `scale` has; float32 inside.
+
+    Its VJP keeps x and one number a row. What automatic differentiation keeps besides is
+    the size of x again, for each of a layer's four norms.
+    """
+    return _normalize_fwd(x, scale, eps)[0]
+
+
+def _normalize_fwd(x, scale, eps):
+    axes = tuple(range(-scale.ndim, 0))
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axes, keepdims=True) + eps)
+    out = wide * inverse * _to_rank(scale, x.ndim)
+    return out.astype(x.dtype), (x, scale, inverse)
+
+
+def _normalize_bwd(eps, residuals, dy):
+    """With u = x / rms: du = dy * scale, dx = (du - u mean(u du)) / rms."""
+    del eps
+    x, scale, inverse = residuals
+    axes = tuple(range(-scale.ndim, 0))
+    u, dy = x.astype(jnp.float32) * inverse, dy.astype(jnp.float32)
+    du = dy * _to_rank(scale, x.ndim)
+    dx = (du - u * jnp.mean(u * du, axes, keepdims=True)) * inverse
+    d_scale = jnp.sum(dy * u, tuple(range(x.ndim - scale.ndim)))
+    return dx.astype(x.dtype), d_scale.astype(scale.dtype)
+
+
+normalize.defvjp(_normalize_fwd, _normalize_bwd)
+
+
+def _to_rank(x, rank: int):
+    return x.astype(jnp.float32).reshape((1,) * (rank - x.ndim) + x.shape)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm (arXiv 1910.07467) over as many trailing axes as `axes` names.
+
+    The parameter is `scale`, of the shape of those axes.
+
+    Attributes:
+      config: gives dtypes and epsilon.
+      axes: logical names of the axes.
+    """
+
+    config: DecoderConfig
+    axes: tuple[str | None, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x of any shape with those axes last -> the same shape in the activation dtype."""
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.ones, self.axes)
+        shape = x.shape[x.ndim - len(self.axes) :]
+        scale = self.param("scale", init, shape, jnp.dtype(c.param_dtype))
+        return normalize(x.astype(c.dtype), scale, c.norm_eps)
+
+
+@jax.custom_vjp
+def swiglu(gate, up):
+    """silu(gate) * up. Keeps its two inputs; automatic differentiation keeps five arrays."""
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_bwd(residuals, dy):
+    gate, up = (x.astype(jnp.float32) for x in residuals)
+    dtype, dy = residuals[0].dtype, dy.astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    d_gate = dy * up * (sigmoid + silu * (1.0 - sigmoid))
+    return d_gate.astype(dtype), (dy * silu).astype(dtype)
+
+
+swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_bwd)
 
 
 class MLP(nn.Module):
@@ -101,6 +165,6 @@ class MLP(nn.Module):
         to_mlp = functools.partial(Linear, c, (c.d_ff,), ("embed", "mlp"))
         gate_BTF, up_BTF = to_mlp(name="gate")(x_BTD), to_mlp(name="up")(x_BTD)
         hidden_BTF = nn.with_logical_constraint(
-            jax.nn.silu(gate_BTF) * up_BTF, ("batch", "length", "mlp")
+            swiglu(gate_BTF, up_BTF), ("batch", "length", "mlp")
         )
         return Linear(c, (c.d_model,), ("mlp", "embed"), name="down")(hidden_BTF)

@@ -21,7 +21,8 @@ class Segment:
 def plan(kinds: Sequence[str]) -> list[Segment]:
     """Cuts the layers into repeated patterns with the fewest layer bodies to compile.
 
-    Ties go to fewer segments, then to whole patterns first. Shortest paths over cut points: O(L^3), L being tens.
+    Ties go to fewer segments, then to whole patterns first. Shortest paths over cut points:
+    O(L^3), L being tens.
     """
     best: list[tuple[int, list[Segment]]] = [(0, [])]
     for end in range(1, len(kinds) + 1):
