@@ -80,12 +80,8 @@ def test_training_trajectory(name, accumulation):
     batches = expected["train_batches"]
     if batches.shape[1] % accumulation:
         accumulation = 1
-    training = TrainingConfig(
-        steps=12, accumulation=accumulation, z_loss=1e-4, loss_chunk=100
-    )
-    optimizer, step = make_train_step(
-        model, OptimizerConfig(learning_rate=3e-3), training, params
-    )
+    training = TrainingConfig(steps=12, accumulation=accumulation, z_loss=1e-4, loss_chunk=100)
+    optimizer, step = make_train_step(model, OptimizerConfig(learning_rate=3e-3), training, params)
     step = jax.jit(step)
     state = create_state(params, optimizer, seed=0)
     seen = []

@@ -1,6 +1,7 @@
 """Linear maps, norms and the MLP, as OLMo 2 has them: no biases anywhere."""
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -39,8 +40,10 @@ def _contract_bwd(n, out_dtype, residuals, dy):
     batch = tuple(range(x.ndim - n))
     outputs = (tuple(range(len(batch), dy.ndim)), tuple(range(n, kernel.ndim)))
     dx = jax.lax.dot_general(dy, kernel, (outputs, ((), ())))
-    d_kernel = jax.lax.dot_general(x, dy, ((batch, batch), ((), ())))
-    return dx, d_kernel
+    rows = math.prod(x.shape[: len(batch)])
+    flat = lambda a: a.reshape(rows, -1)
+    d_kernel = jax.lax.dot_general(flat(x), flat(dy), (((0,), (0,)), ((), ())))
+    return dx, d_kernel.reshape(kernel.shape)
 
 
 contract.defvjp(_contract_fwd, _contract_bwd)

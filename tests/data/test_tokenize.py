@@ -40,7 +40,10 @@ def test_it_writes_a_corpus_and_says_how_to_train_on_it(source, tmp_path, capsys
         (["--text", "nowhere"], "text source 'nowhere' does not exist"),
         (["--text", "a", "--tokeniser", "x"], "there is no option --tokeniser; did you mean"),
         (["--text", "a", "--tokenizer", "bpe:9"], "bpe:N needs a whole N of at least 257"),
-        (["--text", "a", "--validation_fraction", "x"], "Expected a value of type float"),
+        (
+            ["--text", "a", "--validation_fraction", "x"],
+            "validation_fraction is x; it must be float",
+        ),
         (["--text", "a", "--validation_fraction", "2"], "it must be in [0, 1)"),
     ],
 )
