@@ -22,7 +22,7 @@ What next?
   the same command again goes on where it stopped, or does nothing once it is finished
   {python} eval.py --run {run} --context_lengths '[64, 1024]'
   {python} -m repo_jax.generate --run {run} --prompt 'class Queue:' --temperature 0.8
-  {python} train.py --config configs/quickstart.yaml --model.positions.preset rope --run_dir runs/rope
+  {python} train.py --config quickstart --model.positions.preset rope --run_dir runs/rope
 """
 
 

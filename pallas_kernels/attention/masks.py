@@ -4,6 +4,8 @@ A query sees a key when `index <= limit`, and, with documents, when both are of 
 one. Causality, padding, cache length and "not causal" all become values of the two.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +13,19 @@ NEVER = jnp.iinfo(jnp.int32).max  # the index of a key that nothing sees
 NOTHING = jnp.iinfo(jnp.int32).min  # the limit of a query that sees nothing
 
 Mask = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Default:
+    """The mask without indices, documents or a cache: the same for every row of the batch."""
+
+    causal: bool
+
+    def arrays(self, T: int, S: int) -> Mask:
+        """The arrays that `build` would make, for one row."""
+        factor = int(self.causal)
+        limit = factor * (jnp.arange(T, dtype=jnp.int32) + (S - T))
+        return {"limit": limit[None], "index": factor * jnp.arange(S, dtype=jnp.int32)[None]}
 
 
 def build(
@@ -22,7 +37,7 @@ def build(
     kv_segment_ids: jax.Array | None,
     kv_length: jax.Array | None,
     causal: bool,
-) -> Mask:
+) -> "Mask | Default":
     """Builds the mask of `rotary_attention`.
 
     Args:
@@ -30,8 +45,11 @@ def build(
 
     Returns:
       int32 `limit` [B, T] and `index` [B, S]; with documents also `q_segment` [B, T] and
-      `kv_segment` [B, S], whose padding is -1 and -2 and so equals nothing.
+      `kv_segment` [B, S], whose padding is -1 and -2 and so equals nothing. Where none of
+      them is needed, `Default`.
     """
+    if q_index is kv_index is q_segment_ids is kv_length is None:
+        return Default(causal)
     B, T, S = shapes
     slot = jnp.arange(S, dtype=jnp.int32)[None]
     if q_index is None:
@@ -90,5 +108,5 @@ def block_plan(mask: Mask, q_block: int, k_block: int) -> tuple[jax.Array, jax.A
 def live_range(live: jax.Array) -> tuple[jax.Array, jax.Array]:
     """First True and one past the last along the last axis; an empty range where there is none."""
     n = live.shape[-1]
-    at = jnp.arange(n)
+    at = jnp.arange(n).reshape((1,) * (live.ndim - 1) + (n,))
     return jnp.where(live, at, n).min(-1), jnp.where(live, at + 1, 0).max(-1)

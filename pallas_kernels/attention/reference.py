@@ -2,6 +2,8 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels.attention import masks
+
 
 def attend(q_BTNH, k_BSKH, v_BSKH, mask, *, scale):
     """softmax(scale q k^T) v under `mask`, and its logsumexp.
@@ -20,6 +22,8 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask, *, scale):
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     q = q_BTNH.astype(wide).reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k_BSKH.astype(wide)) * scale
+    if isinstance(mask, masks.Default):
+        mask = {name: jnp.asarray(x) for name, x in mask.arrays(T, S).items()}
     visible = mask["index"][:, None, :] <= mask["limit"][:, :, None]
     if "q_segment" in mask:
         visible &= mask["q_segment"][:, :, None] == mask["kv_segment"][:, None, :]

@@ -98,9 +98,9 @@ def test_scanned_layers_equal_layers_one_by_one(name):
     f_phi = layers.pop("repositioning", None)
     n_repo = 0
     for i, kind in enumerate(c.kinds):
-        layer = jax.tree.map(lambda p: p[i], layers)
+        layer = jax.tree.map(lambda p, i=i: p[i], layers)
         if kind == "repo":
-            layer["repositioning"] = jax.tree.map(lambda p: p[n_repo], f_phi)
+            layer["repositioning"] = jax.tree.map(lambda p, i=n_repo: p[i], f_phi)
             n_repo += 1
         x, _ = DecoderBlock(c, kind).apply({"params": layer}, x)
     scanned, _ = model.apply(

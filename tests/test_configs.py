@@ -1,0 +1,60 @@
+"""The configs that come along say what the paper says, and are complete but for the data."""
+
+import math
+
+import pytest
+
+from repo_jax import cli
+from repo_jax.config import PRESETS, TrainConfig, decoder_config
+from tests.tiny_runs import ROOT
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+RECIPES = [path for path in CONFIGS if path.stem.startswith("olmo2_")]
+
+
+def read(path) -> TrainConfig:
+    options = ["--config", str(path)]
+    names_data = any(line.startswith("  text:") for line in path.read_text().splitlines())
+    options += [] if names_data else ["--data.tokens", "x"]
+    config, _ = cli.parse(TrainConfig, "train.py", "", options)
+    return config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_windows_are_as_long_as_the_model_was_made_for(path):
+    config = read(path)
+    assert config.data.sequence_length == config.model.max_length
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipe(path):
+    size, positions = path.stem.removeprefix("olmo2_").split("_")
+    config = read(path)
+    model, training = config.model, config.training
+    changes = dict(positions=model.positions, dtype="bfloat16", remat="attention")
+    assert model == decoder_config(f"olmo2_{size}", **changes)
+    assert model.positions.preset == positions
+    assert config.data.sequence_length == 4096
+    assert config.data.batch_size == {"1b": 512, "7b": 1024}[size]
+    tokens_per_step = config.data.batch_size * 4096
+    assert training.schedule_steps == math.ceil(50e9 / tokens_per_step)
+    assert training.steps == training.schedule_steps + 10
+    optimizer = config.optimizer
+    assert optimizer.learning_rate == {"1b": 7.4487e-5, "7b": 6.1499e-5}[size]
+    assert (optimizer.schedule, optimizer.warmup_steps) == ("linear", 0)
+    assert (optimizer.final_fraction, optimizer.clip_norm) == (0.0, 1.0)
+    assert (optimizer.b1, optimizer.b2, optimizer.eps) == (0.9, 0.95, 1e-8)
+    assert optimizer.weight_decay == 0.1
+    assert training.z_loss == 1e-4
+    assert not config.data.document_mask
+
+
+def test_baselines_differ_in_their_positions_alone():
+    configs = [read(path) for path in RECIPES if path.stem.startswith("olmo2_1b_")]
+    assert len({config.model.positions for config in configs}) == len(configs) == 3
+    as_repo = [repr(config).replace(repr(config.model.positions), "") for config in configs]
+    assert len(set(as_repo)) == 1
+
+
+def test_every_size_with_a_recipe_is_a_published_one():
+    assert {f"olmo2_{path.stem.split('_')[1]}" for path in RECIPES} <= set(PRESETS)
