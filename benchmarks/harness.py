@@ -8,7 +8,7 @@ round; reported are the median over rounds and its 95 % bootstrap interval, roun
 torch runs in a process of its own (`torch_worker.py`), asked over pipes: whoever has no turn
 sleeps on a pipe. The CPU time that each side uses in the other's turns is measured and reported,
 and so is what other programs use. That must be next to nothing: where a core is shared, torch's
-threads, which wait for each other by spinning, become many times slower, ours do not.
+threads, which wait for each other by spinning, become many times slower.
 """
 
 import argparse

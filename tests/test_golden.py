@@ -1,7 +1,5 @@
 """The reference implementation's numbers, at the tolerances its README asks for."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +35,8 @@ def test_positions(name):
     model, params = repo_jax.from_pretrained(ROOT / name)
     expected = reference(name)
     z = np.asarray(repo_jax.capture_positions(model, params, expected["tokens"]))
-    assert z.dtype == np.float32 and z.shape == expected["positions"].shape
+    assert z.dtype == np.float32
+    assert z.shape == expected["positions"].shape
     for layer, kind in enumerate(model.config.kinds):
         ours, theirs = z[:, layer], expected["positions"][:, layer]
         if kind == "repo":
