@@ -167,12 +167,13 @@ def parse(
     return config, options
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
+def run(main: Callable[[], object]) -> NoReturn:
     """Runs `main` and exits: a user's mistake is one sentence on stderr and status 2."""
     # Orbax and Grain warn of ordinary things.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        raise SystemExit(main() or 0)
+        main()
+        raise SystemExit(0)
     except (ConfigError, MissingPackageError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, TrainingError) else 2) from None

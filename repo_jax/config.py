@@ -366,7 +366,7 @@ class TrainingConfig:
       wandb_project: also log to this Weights & Biases project (extra `loggers`).
     """
 
-    steps: int = 23_852
+    steps: int = 23_842
     schedule_steps: int | None = None
     accumulation: int = 1
     z_loss: float = 1e-4

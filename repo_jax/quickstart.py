@@ -14,7 +14,6 @@ from repo_jax.training import command as training
 from repo_jax.training.checkpoints import load_run
 from repo_jax.training.metrics import read_metrics
 
-_RUN = Path("runs") / "quickstart"
 _PROMPT = "def read_lines(path):\n"
 
 _NEXT = """\
@@ -59,13 +58,15 @@ def plot_losses(run_dir: Path) -> Path:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs every step; options are those of train.py."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    training.main(["--config", "quickstart", "--run_dir", str(_RUN), *given])
+    run_dir, summary = training.main(["--config", "quickstart", *given])
+    if not summary.finished:
+        return
 
     print("\nHeld-out text at several context lengths:")
-    print(table(evaluate(EvalConfig(run=str(_RUN)))))
+    print(table(evaluate(EvalConfig(run=str(run_dir)))))
 
-    model, params = load_run(_RUN)
-    tokenizer = Tokenizer.load(_RUN)
+    model, params = load_run(run_dir)
+    tokenizer = Tokenizer.load(run_dir)
     (ids,) = generate(
         *(model, params, [tokenizer.encode(_PROMPT)]),
         max_new_tokens=96,
@@ -73,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         top_p=0.9,
     )
     print(f"\nA sample:\n{_PROMPT}{tokenizer.decode(ids)}\n")
-    print(f"Loss curve: {plot_losses(_RUN)}\n")
-    print(_NEXT.format(python=Path(sys.executable).name, run=_RUN), end="")
+    print(f"Loss curve: {plot_losses(run_dir)}\n")
+    print(_NEXT.format(python=Path(sys.executable).name, run=run_dir), end="")
 
 
 if __name__ == "__main__":

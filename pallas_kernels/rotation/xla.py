@@ -12,10 +12,21 @@ from pallas_kernels.rotation.sincos import sincos
 
 
 def _cos_sin(positions_BTP, inv_freq_F, rope_scale):
-    sin, cos = sincos(positions_BTP[..., None] * inv_freq_F[None, None, None])
-    # Both are used twice below. Without the barrier XLA fuses their evaluation into
-    # each use on CPU, and computes every sine and cosine four times.
-    return jax.lax.optimization_barrier((cos * rope_scale, sin * rope_scale))
+    """cos and sin [B, T, P, H / 2] of every angle, times the scale."""
+
+    def evaluate(positions):
+        sin, cos = sincos(positions[..., None] * inv_freq_F[(None,) * positions.ndim])
+        return cos * rope_scale, sin * rope_scale
+
+    def stored(positions):
+        # In two halves, because what a loop computes is stored. XLA's CPU compiler would
+        # otherwise evaluate every sine and cosine again for each half of q and of k.
+        halves = jax.lax.map(evaluate, positions.reshape(2, -1))
+        return jax.tree.map(lambda x: x.reshape(*positions.shape, -1), halves)
+
+    if positions_BTP.size % 2:
+        return evaluate(positions_BTP)
+    return jax.lax.platform_dependent(positions_BTP, cpu=stored, default=evaluate)
 
 
 def _per_position(x_BTXH, columns: int):

@@ -5,7 +5,7 @@ import jax
 
 from pallas_kernels import rotary_attention
 from repo_jax.config import DecoderConfig
-from repo_jax.modeling.layers import Linear, RMSNorm
+from repo_jax.modeling.layers import RMSNorm, linear
 from repo_jax.modeling.rope import rotary_frequencies
 
 
@@ -29,7 +29,7 @@ class Attention(nn.Module):
         positions: float32 [B, T, P], P = 1, K or N, or None for no rotation.
         """
         c = self.config
-        heads = lambda n, name, axis: Linear(c, (n, c.head_dim), ("embed", axis, None), name=name)
+        heads = lambda n, name, axis: linear(c, (n, c.head_dim), ("embed", axis, None), name=name)
         q_BTNH = heads(c.n_heads, "query", "heads")(x_BTD)
         k_BTKH = heads(c.n_kv_heads, "key", "kv_heads")(x_BTD)
         v_BTKH = heads(c.n_kv_heads, "value", "kv_heads")(x_BTD)
@@ -48,4 +48,4 @@ class Attention(nn.Module):
             rope_scale=rope_scale,
             implementation=c.attention,
         )
-        return Linear(c, (c.d_model,), ("heads", None, "embed"), inputs=2, name="out")(out_BTNH)
+        return linear(c, (c.d_model,), ("heads", None, "embed"), inputs=2, name="out")(out_BTNH)

@@ -11,7 +11,7 @@ from flax.core import meta
 from repo_jax.config import DecoderConfig
 from repo_jax.modeling import scan
 from repo_jax.modeling.block import DecoderBlock, repositioning
-from repo_jax.modeling.layers import Linear, RMSNorm, init_weights
+from repo_jax.modeling.layers import RMSNorm, init_weights, linear
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -72,7 +72,7 @@ class RePoLM(nn.Module):
         )
         self.layers = self.param("layers", functools.partial(_init_layers, config=c))
         self.final_norm = RMSNorm(c, ("embed",))
-        self.head = Linear(c, (c.vocab_size,), ("embed", "vocab"), out_dtype=jnp.float32)
+        self.head = linear(c, (c.vocab_size,), ("embed", "vocab"), out_dtype=jnp.float32)
 
     def __call__(
         self,

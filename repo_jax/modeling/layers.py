@@ -17,8 +17,8 @@ def init_weights(std: float, axes: tuple[str | None, ...] | None):
     return nn.with_logical_partitioning(init, axes) if axes else init
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def contract(x, kernel, n: int, out_dtype=None):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def contract(x, kernel, n: int, out_dtype=None, precision=None):
     """x [..., *in] times kernel [*in, *out], over the n axes of in.
 
     Its VJP forms the kernel's gradient as x^T dy; JAX's own rule forms (dy^T x)^T. On CPU
@@ -26,23 +26,26 @@ def contract(x, kernel, n: int, out_dtype=None):
     exponentials there one by one, 18 times slower than in order; x is at hand as it is.
     """
     axes = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-    return jax.lax.dot_general(x, kernel, (axes, ((), ())), preferred_element_type=out_dtype)
+    options = dict(preferred_element_type=out_dtype, precision=precision)
+    return jax.lax.dot_general(x, kernel, (axes, ((), ())), **options)
 
 
-def _contract_fwd(x, kernel, n, out_dtype):
-    return contract(x, kernel, n, out_dtype), (x, kernel)
+def _contract_fwd(x, kernel, n, out_dtype, precision):
+    return contract(x, kernel, n, out_dtype, precision), (x, kernel)
 
 
-def _contract_bwd(n, out_dtype, residuals, dy):
+def _contract_bwd(n, out_dtype, precision, residuals, dy):
     del out_dtype
     x, kernel = residuals
     dy = dy.astype(x.dtype)
     batch = tuple(range(x.ndim - n))
     outputs = (tuple(range(len(batch), dy.ndim)), tuple(range(n, kernel.ndim)))
-    dx = jax.lax.dot_general(dy, kernel, (outputs, ((), ())))
+    dx = jax.lax.dot_general(dy, kernel, (outputs, ((), ())), precision=precision)
+    # As matrices: with one contracted axis the product takes x as it lies, with two XLA's
+    # CPU compiler copies it transposed first.
     rows = math.prod(x.shape[: len(batch)])
     flat = lambda a: a.reshape(rows, -1)
-    d_kernel = jax.lax.dot_general(flat(x), flat(dy), (((0,), (0,)), ((), ())))
+    d_kernel = jax.lax.dot_general(flat(x), flat(dy), (((0,), (0,)), ((), ())), precision=precision)
     return dx, d_kernel.reshape(kernel.shape)
 
 
@@ -56,27 +59,39 @@ class Linear(nn.Module):
     logical axis names do not survive under a mesh, and has JAX's own VJP.)
 
     Attributes:
-      config: gives dtypes and init.
       features: the new axes.
-      axes: logical names of the kernel's axes.
+      axes: logical names of the kernel's axes; None: a plain parameter.
       inputs: how many axes of x are mapped.
-      out_dtype: of the result; None: the activation dtype.
+      init_std: of the truncated normal, cut at 3 sigma, that draws the kernel.
+      dtype: of the operands; None: x's.
+      param_dtype: of the kernel.
+      out_dtype: of the result; None: that of the operands.
+      precision: of the product and of its gradients.
     """
 
-    config: DecoderConfig
     features: tuple[int, ...]
-    axes: tuple[str | None, ...]
+    axes: tuple[str | None, ...] | None = None
     inputs: int = 1
+    init_std: float = 0.02
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
     out_dtype: Any = None
+    precision: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., *in] -> [..., *features]."""
-        c = self.config
         shape = (*x.shape[x.ndim - self.inputs :], *self.features)
-        init = init_weights(c.init_std, self.axes)
-        kernel = self.param("kernel", init, shape, jnp.dtype(c.param_dtype))
-        return contract(x.astype(c.dtype), kernel.astype(c.dtype), self.inputs, self.out_dtype)
+        init = init_weights(self.init_std, self.axes)
+        kernel = self.param("kernel", init, shape, jnp.dtype(self.param_dtype))
+        x, kernel = (a.astype(self.dtype or x.dtype) for a in (x, kernel))
+        return contract(x, kernel, self.inputs, self.out_dtype, self.precision)
+
+
+def linear(config: DecoderConfig, features: tuple[int, ...], axes, **options) -> Linear:
+    """A `Linear` with the config's init and dtypes."""
+    dtypes = dict(dtype=config.dtype, param_dtype=config.param_dtype)
+    return Linear(features, axes, init_std=config.init_std, **dtypes, **options)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -165,9 +180,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
-        to_mlp = functools.partial(Linear, c, (c.d_ff,), ("embed", "mlp"))
+        to_mlp = functools.partial(linear, c, (c.d_ff,), ("embed", "mlp"))
         gate_BTF, up_BTF = to_mlp(name="gate")(x_BTD), to_mlp(name="up")(x_BTD)
         hidden_BTF = nn.with_logical_constraint(
             swiglu(gate_BTF, up_BTF), ("batch", "length", "mlp")
         )
-        return Linear(c, (c.d_model,), ("mlp", "embed"), name="down")(hidden_BTF)
+        return linear(c, (c.d_model,), ("mlp", "embed"), name="down")(hidden_BTF)

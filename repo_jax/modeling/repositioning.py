@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from repo_jax.modeling.layers import init_weights
+from repo_jax.modeling.layers import Linear, swiglu
 
 
 class ContextRePositioning(nn.Module):
@@ -39,14 +39,13 @@ class ContextRePositioning(nn.Module):
         """h [..., D] of any float dtype -> z float32 [..., C]."""
 
         def to(features, axes, name, dtype, precision=None):
-            names = self.logical_axes and tuple(self.logical_axes["DPC".index(a)] for a in axes)
-            return nn.Dense(
-                features,
-                use_bias=False,
+            return Linear(
+                (features,),
+                self.logical_axes and tuple(self.logical_axes["DPC".index(a)] for a in axes),
+                init_std=self.init_std,
                 dtype=dtype,
                 param_dtype=self.param_dtype,
                 precision=precision,
-                kernel_init=init_weights(self.init_std, names),
                 name=name,
             )
 
@@ -58,5 +57,4 @@ class ContextRePositioning(nn.Module):
         width = self.d_position or max(1, h.shape[-1] // 8)
         gate = to(width, "DP", "gate_map", self.dtype)(h)
         content = to(width, "DP", "content_map", self.dtype)(h)
-        r = jax.nn.silu(gate) * content
-        return to(self.columns, "PC", "final_map", **exact)(r)
+        return to(self.columns, "PC", "final_map", **exact)(swiglu(gate, content))

@@ -7,11 +7,15 @@ from pathlib import Path
 from repo_jax import cli
 from repo_jax.config import TrainConfig
 from repo_jax.errors import ConfigError
-from repo_jax.training.loop import train
+from repo_jax.training.loop import Summary, train
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains, or goes on training, as the options say."""
+def main(arguments: Sequence[str] | None = None) -> tuple[Path, Summary]:
+    """Trains, or goes on training, as the options say.
+
+    Returns:
+      The run directory, and how the run stands.
+    """
 
     def add(parser):
         parser.add_argument(
@@ -26,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not options.config:
             raise ConfigError("neither --config nor --run_dir is given; name one of them")
         run_dir = Path("runs") / Path(str(options.config[-1])).stem
+    run_dir = Path(run_dir)
     summary = train(config, run_dir)
     lines = [f"{'finished' if summary.finished else 'stopped'} at step {summary.step}"]
     if summary.tokens_per_second:
@@ -36,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lines.append(f"{summary.validation.bits_per_byte:.4f} bits per byte")
     lines.append(f"run directory {run_dir}")
     print("; ".join(lines), file=sys.stderr)
+    return run_dir, summary
 
 
 def run() -> None:

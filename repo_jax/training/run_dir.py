@@ -36,7 +36,9 @@ _FREE = {
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     # optimizer.rates is one value: its keys are patterns, not options.
-    if not isinstance(tree, dict) or prefix == "optimizer.rates":
+    if prefix == "optimizer.rates":
+        return {prefix: list(tree.items())}  # their order counts too
+    if not isinstance(tree, dict):
         return {prefix: tree}
     flat = {}
     for key, value in tree.items():
