@@ -55,6 +55,14 @@ def plot_losses(run_dir: Path) -> Path:
     return path
 
 
+def _python() -> str:
+    """How to call this Python from here: `.venv/bin/python` where `make` made it."""
+    try:
+        return str(Path(sys.executable).relative_to(Path.cwd()))
+    except ValueError:
+        return Path(sys.executable).name
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs every step; options are those of train.py."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -75,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print(f"\nA sample:\n{_PROMPT}{tokenizer.decode(ids)}\n")
     print(f"Loss curve: {plot_losses(run_dir)}\n")
-    print(_NEXT.format(python=Path(sys.executable).name, run=run_dir), end="")
+    print(_NEXT.format(python=_python(), run=run_dir), end="")
 
 
 if __name__ == "__main__":
