@@ -1,13 +1,14 @@
 """Memory-efficient attention in plain JAX, for any device, with its own VJP.
 
 Flash attention's recurrence (Dao et al. 2022; arXiv 2205.14135) over blocks of queries and
-keys. Memory is O(T). Blocks that see nothing are never visited and blocks that see
-everything skip the mask, by token index and by document alike.
+windows of keys. Memory is O(T). Keys beyond what a block of queries can see, by token index
+or by document, are never visited.
 
-Shaped by XLA's CPU runtime, where it has to be fast: many heads at a time, because a
-batch of matrices keeps both the cores and the cache busy; and transposed scores in the
-backward pass, so that no product contracts the leading dimension of both operands, which
-is slow there.
+Shaped by XLA's CPU runtime, where it has to be fast: products as large as the visible part
+of the keys allows, so a window is as many key blocks as are left, up to `BlockSizes.window`,
+and each size has a branch of its own; few heads at a time, so that scores stay in the cache;
+and transposed scores in the backward pass, so that no product contracts the leading
+dimension of both operands, which is slow there.
 """
 
 import dataclasses
@@ -25,72 +26,101 @@ class BlockSizes:
     """What is handled at a time.
 
     Attributes:
-      query, key: tokens in a block.
+      query, key: tokens in a block; what is skipped is decided by block.
+      window: most key blocks in one product.
       scores: most scores held at once, fp32; as many heads run together as that allows.
     """
 
-    query: int = 512
+    query: int = 256
     key: int = 256
-    scores: int = 2**20
+    window: int = 4
+    scores: int = 2**19
 
 
 def default_blocks() -> BlockSizes:
-    """Chosen on two CPU cores at T = 1024, where 256 to 512 a side differ little."""
+    """Chosen on two CPU cores at T = 1024, where 128 to 512 a side differ little."""
     return BlockSizes()
 
 
-def _part(x, i, size: int, axis: int):
-    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
-
-
-def _hide(s, mask, i, j, full, blocks, *, transposed: bool):
-    """Scores of block (i, j), [R, G * query, key] or transposed, with -inf where unseen."""
-    cq, ck = blocks.query, blocks.key
-    group = s.shape[2 if transposed else 1] // cq
-
-    def hidden(s):
-        limit, index = _part(mask["limit"], i, cq, 0), _part(mask["index"], j, ck, 0)
-        visible = index[None, :] <= limit[:, None]
-        if "q_segment" in mask:
-            q, k = _part(mask["q_segment"], i, cq, 0), _part(mask["kv_segment"], j, ck, 0)
-            visible &= q[:, None] == k[None, :]
-        visible = jnp.tile(visible.T, (1, group)) if transposed else jnp.tile(visible, (group, 1))
-        return jnp.where(visible[None], s, -jnp.inf)
-
-    return jax.lax.cond(full[i, j], lambda s: s, hidden, s)
+def _part(x, start, size: int, axis: int):
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
 def _dot(a, b):
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def _forward(q_RGTH, k_RHS, v_RSH, mask, live, full, *, scale, blocks):
-    """R heads of keys with G heads of queries each, all under one mask. k comes transposed.
+def _row_block(mask, i, cq: int, group: int):
+    """The queries' side of the mask for block i, [group * cq]."""
+    names = ("limit", "q_segment")
+    return {n: jnp.tile(_part(mask[n], i * cq, cq, 0), group) for n in names if n in mask}
 
+
+def _hide(s, rows, mask, at, *, transposed: bool):
+    """Scores [R, rows, keys], or transposed, with -inf where a query does not see a key.
+
+    `at` is the first key of the window.
+    """
+    keys = s.shape[1 if transposed else 2]
+    against = lambda q, k: (q[None, :], k[:, None]) if transposed else (q[:, None], k[None, :])
+    limit, index = against(rows["limit"], _part(mask["index"], at, keys, 0))
+    visible = index <= limit
+    if "q_segment" in mask:
+        q, k = against(rows["q_segment"], _part(mask["kv_segment"], at, keys, 0))
+        visible &= q == k
+    return jnp.where(visible[None], s, -jnp.inf)
+
+
+def _over_windows(first, last, blocks: BlockSizes, window, merge, carry):
+    """Folds `carry = merge(carry, at, window(keys, at))` over the key blocks first .. last.
+
+    window: what a window of `keys` (static) keys from key `at` on gives by itself.
+    """
+    sizes = [functools.partial(window, (n + 1) * blocks.key) for n in range(blocks.window)]
+
+    def step(w, carry):
+        start = first + w * blocks.window
+        at = start * blocks.key
+        n = jnp.minimum(last - start, blocks.window)
+        return merge(carry, at, jax.lax.switch(n - 1, sizes, at))
+
+    return jax.lax.fori_loop(0, (last - first + blocks.window - 1) // blocks.window, step, carry)
+
+
+def _finite(m):
+    """A row that has seen nothing has m = -inf; any finite stand-in makes its p = 0."""
+    return jnp.where(m == -jnp.inf, 0.0, m)
+
+
+def _forward(q_RGTH, k_RSH, v_RSH, mask, first, last, *, scale, blocks):
+    """R heads of keys with G heads of queries each, all under one mask.
+
+    first, last: int32 [T / query]: the key blocks that each query block has to visit.
     Returns out [R, G, T, H] in q's dtype and lse [R, G, T] fp32 (-inf where nothing is seen).
     """
     R, G, T, H = q_RGTH.shape
-    cq, ck = blocks.query, blocks.key
-    first, last = masks.live_range(live)
+    cq = blocks.query
+    k_RHS = k_RSH.swapaxes(1, 2)
 
     def query_block(i):
-        q = (_part(q_RGTH, i, cq, 2).reshape(R, G * cq, H) * scale).astype(q_RGTH.dtype)
+        q = (_part(q_RGTH, i * cq, cq, 2).reshape(R, G * cq, H) * scale).astype(q_RGTH.dtype)
+        rows = _row_block(mask, i, cq, G)
 
-        def key_block(j, carry):
-            m, l, acc = carry
-            s = _dot(q, _part(k_RHS, j, ck, 2))  # [R, G * cq, ck]
-            s = _hide(s, mask, i, j, full, blocks, transposed=False)
-            m_new = jnp.maximum(m, s.max(-1))
-            # A row that has seen nothing yet has m = -inf; any finite stand-in gives p = 0.
-            m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)
-            p = jnp.exp(s - m_safe[..., None])
-            shrink = jnp.exp(m - m_safe)
-            l = l * shrink + p.sum(-1)
-            acc = acc * shrink[..., None] + _dot(p.astype(v_RSH.dtype), _part(v_RSH, j, ck, 1))
-            return m_new, l, acc
+        def window(keys, at):
+            s = _dot(q, _part(k_RHS, at, keys, 2))  # [R, G * cq, keys]
+            s = _hide(s, rows, mask, at, transposed=False)
+            m = s.max(-1)
+            p = jnp.exp(s - _finite(m)[..., None])
+            return m, p.sum(-1), _dot(p.astype(v_RSH.dtype), _part(v_RSH, at, keys, 1))
+
+        def merge(carry, at, new):
+            m = jnp.maximum(carry[0], new[0])
+            old, new = ((jnp.exp(m_part - _finite(m)), l, acc) for m_part, l, acc in (carry, new))
+            l = old[0] * old[1] + new[0] * new[1]
+            return m, l, old[0][..., None] * old[2] + new[0][..., None] * new[2]
 
         start = (jnp.full((R, G * cq), -jnp.inf), jnp.zeros((R, G * cq)), jnp.zeros((R, G * cq, H)))
-        m, l, acc = jax.lax.fori_loop(first[i], last[i], key_block, start)
+        m, l, acc = _over_windows(first[i], last[i], blocks, window, merge, start)
         out = acc / jnp.where(l == 0.0, 1.0, l)[..., None]
         lse = m + jnp.log(l)  # -inf + -inf where nothing was seen
         return out.astype(q_RGTH.dtype).reshape(R, G, cq, H), lse.reshape(R, G, cq)
@@ -99,7 +129,7 @@ def _forward(q_RGTH, k_RHS, v_RSH, mask, live, full, *, scale, blocks):
     return jnp.moveaxis(out, 0, 2).reshape(q_RGTH.shape), jnp.moveaxis(lse, 0, 2).reshape(R, G, T)
 
 
-def _backward(q_RGTH, k_RSH, v_RSH, lse, delta, do_RGTH, mask, live, full, *, scale, blocks):
+def _backward(q_RGTH, k_RSH, v_RSH, lse, delta, do_RGTH, mask, first, last, *, scale, blocks):
     """The gradients of `_forward`: dq [R, G, T, H], dk, dv [R, S, H], fp32.
 
     delta [R, G, T] is rowsum(dout * out) minus the cotangent of lse. Scores are
@@ -107,66 +137,61 @@ def _backward(q_RGTH, k_RSH, v_RSH, lse, delta, do_RGTH, mask, live, full, *, sc
     """
     R, G, T, H = q_RGTH.shape
     S = k_RSH.shape[1]
-    cq, ck = blocks.query, blocks.key
-    first, last = masks.live_range(live.T)  # the query blocks that see each key block
+    cq = blocks.query
+    whole = blocks.window * blocks.key
+    k_scaled, k_RHS = (k_RSH * scale).astype(k_RSH.dtype), k_RSH.swapaxes(1, 2)
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # rows that see nothing: exp(-inf - inf) = 0
 
-    def by_block(x):
-        """[R, G, T, ...] -> [T / cq, R, G * cq, ...]."""
-        x = jnp.moveaxis(x.reshape(R, G, T // cq, cq, *x.shape[3:]), 2, 0)
-        return x.reshape(T // cq, R, G * cq, *x.shape[4:])
+    def query_block(dkv, i):
+        block = lambda x: _part(x, i * cq, cq, 2).reshape(R, G * cq, *x.shape[3:])
+        q, do, lse_i, delta_i = map(block, (q_RGTH, do_RGTH, lse, delta))
+        q_T, do_T = q.swapaxes(1, 2), do.swapaxes(1, 2)
+        rows = _row_block(mask, i, cq, G)
 
-    q, do = by_block(q_RGTH), by_block(do_RGTH)
-    q_T, do_T, k_T = q.swapaxes(2, 3), do.swapaxes(2, 3), k_RSH.swapaxes(1, 2)
-    # Rows that see nothing: exp(-inf - inf) = 0.
-    lse = by_block(jnp.where(lse == -jnp.inf, jnp.inf, lse))[:, :, None]
-    delta = by_block(delta)[:, :, None]
-    at = lambda x, i: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
+        def window(keys, at):
+            s = _dot(_part(k_scaled, at, keys, 1), q_T)  # [R, keys, G * cq]
+            p = jnp.exp(_hide(s, rows, mask, at, transposed=True) - lse_i[:, None])
+            dp = _dot(_part(v_RSH, at, keys, 1), do_T)
+            ds = (p * (dp - delta_i[:, None])).astype(q.dtype)
+            # All windows give dk and dv of one size.
+            fill = lambda x: jnp.pad(x, ((0, 0), (0, whole - keys), (0, 0)))
+            dk, dv = fill(_dot(ds, q)), fill(_dot(p.astype(do.dtype), do))
+            return _dot(_part(k_RHS, at, keys, 2), ds), (dk, dv)
 
-    def key_block(dq_T, j):
-        k, v = _part(k_RSH, j, ck, 1), _part(v_RSH, j, ck, 1)
-        k_scaled = (k * scale).astype(k.dtype)
-        k_j_T = _part(k_T, j, ck, 2)
+        def merge(carry, at, new):
+            add = lambda x, dx: jax.lax.dynamic_update_slice_in_dim(
+                x, _part(x, at, whole, 1) + dx, at, 1
+            )
+            return carry[0] + new[0], jax.tree.map(add, carry[1], new[1])
 
-        def query_block(i, carry):
-            dq_T, dk, dv = carry
-            s = _dot(k_scaled, at(q_T, i))  # [R, ck, G * cq]
-            s = _hide(s, mask, i, j, full, blocks, transposed=True)
-            p = jnp.exp(s - at(lse, i))
-            dv += _dot(p.astype(do.dtype), at(do, i))
-            ds = (p * (_dot(v, at(do_T, i)) - at(delta, i))).astype(q.dtype)
-            dk += _dot(ds, at(q, i))
-            dq_i = at(dq_T, i) + _dot(k_j_T, ds)
-            return jax.lax.dynamic_update_index_in_dim(dq_T, dq_i, i, 0), dk, dv
+        start = (jnp.zeros((R, H, G * cq)), dkv)
+        dq_T, dkv = _over_windows(first[i], last[i], blocks, window, merge, start)
+        return dkv, dq_T
 
-        zeros = jnp.zeros((R, ck, H))
-        dq_T, dk, dv = jax.lax.fori_loop(first[j], last[j], query_block, (dq_T, zeros, zeros))
-        return dq_T, (dk * scale, dv)
-
-    dq_T = jnp.zeros((T // cq, R, H, G * cq))
-    dq_T, dkv = jax.lax.scan(key_block, dq_T, jnp.arange(S // ck))
+    zeros = jnp.zeros((R, S + whole - blocks.key, H))  # the last window may end beyond the keys
+    (dk, dv), dq_T = jax.lax.scan(query_block, (zeros, zeros), jnp.arange(T // cq))
     dq = dq_T.reshape(T // cq, R, H, G, cq).transpose(1, 3, 0, 4, 2).reshape(q_RGTH.shape)
-    dk, dv = (jnp.moveaxis(x, 0, 1).reshape(k_RSH.shape) for x in dkv)
-    return dq * scale, dk, dv
+    return dq * scale, dk[:, :S] * scale, dv[:, :S]
 
 
 def _heads(f, mask, default: masks.Default | None, blocks: BlockSizes, args):
-    """f over all heads, args leading with [B, K]: as many together as the blocks allow.
-
-    Rows of the batch have masks of their own, so theirs are kept apart, unless all have the
-    one known mask.
-    """
+    """f over all heads, args leading with [B, K], a few at a time as the blocks allow."""
     B, K, G, T, _ = args[0].shape
     if default is not None:
-        S = args[2].shape[2]
-        mask = masks.pad(default[0].arrays(*default[1:]), T, S)
-        plan = masks.block_plan(mask, blocks.query, blocks.key)
-        shared = jax.tree.map(lambda x: x[0], (mask, *plan))
-        together = _divisor(B * K, blocks.scores // (G * blocks.query * blocks.key))
-        groups = [x.reshape(-1, together, *x.shape[2:]) for x in args]
-        out = jax.lax.map(lambda heads: f(*heads, *shared), groups)
-    else:
-        plan = masks.block_plan(mask, blocks.query, blocks.key)
-        out = jax.lax.map(lambda row: f(*row), (*args, mask, *plan))
+        mask = masks.pad(default[0].arrays(*default[1:]), T, args[1].shape[2])
+    live, _ = masks.block_plan(mask, blocks.query, blocks.key)
+    masked = (mask, *masks.live_range(live))
+    window = blocks.query * blocks.key * blocks.window
+    together = _divisor(K, blocks.scores // (G * window))
+    # Rows of the batch have masks of their own, unless all have the one known mask.
+    row = jnp.arange(B * K // together) * together // K * (default is None)
+
+    def some(heads, row):
+        at = lambda x: jax.lax.dynamic_index_in_dim(x, row, 0, keepdims=False)
+        return f(*heads, *jax.tree.map(at, masked))
+
+    groups = [x.reshape(-1, together, *x.shape[2:]) for x in args]
+    out = jax.lax.map(lambda x: some(*x), (groups, row))
     return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[2:]), out)
 
 
@@ -195,7 +220,7 @@ def _attend_fwd(q_BTNH, k_BSKH, v_BSKH, mask, default, scale, blocks):
     out, lse = _heads(
         functools.partial(_forward, scale=scale, blocks=blocks),
         *(mask, default, blocks),
-        (_split(q_BTNH, K), k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)),
+        (_split(q_BTNH, K), k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)),
     )
     B, T, N, _ = q_BTNH.shape
     out = checkpoint_name(_merge(out), "attention_out")
@@ -246,8 +271,9 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, blocks: BlockSizes | None = N
     """
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     most = blocks or default_blocks()
-    blocks = dataclasses.replace(most, query=_block(T, most.query), key=_block(S, most.key))
-    whole_T, whole_S = -(-T // blocks.query) * blocks.query, -(-S // blocks.key) * blocks.key
+    cq, ck = _block(T, most.query), _block(S, most.key)
+    whole_T, whole_S = -(-T // cq) * cq, -(-S // ck) * ck
+    blocks = dataclasses.replace(most, query=cq, key=ck, window=min(most.window, whole_S // ck))
     longer = lambda x, n: jnp.pad(x, ((0, 0), (0, n - x.shape[1]), (0, 0), (0, 0)))
     default = (mask, T, S) if isinstance(mask, masks.Default) else None
     out, lse = _attend(

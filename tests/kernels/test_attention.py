@@ -93,7 +93,7 @@ def check(arrays, visible, *, causal=True, tolerance=3e-6, **options):
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks far below the lengths, so that skipping and partial blocks happen."""
-    monkeypatch.setattr(xla, "default_blocks", lambda: xla.BlockSizes(query=8, key=8, scores=200))
+    monkeypatch.setattr(xla, "default_blocks", lambda: xla.BlockSizes(query=8, key=8, window=2, scores=200))
 
 
 def causal(T, S=None):
