@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import rotary_attention
 from repo_jax.config import DecoderConfig
@@ -23,10 +24,12 @@ class Attention(nn.Module):
         x_BTD: jax.Array,
         positions_BTP: jax.Array | None,
         segment_ids: jax.Array | None = None,
+        rotates: jax.Array | bool = True,
     ) -> jax.Array:
         """x [B, T, D] -> [B, T, D].
 
         positions: float32 [B, T, P], P = 1, K or N, or None for no rotation.
+        rotates: False, a bool scalar: positions are zeros and stand for no rotation.
         """
         c = self.config
         heads = lambda n, name, axis: linear(c, (n, c.head_dim), ("embed", axis, None), name=name)
@@ -40,6 +43,8 @@ class Attention(nn.Module):
         v_BTKH = nn.with_logical_constraint(v_BTKH, ("batch", "length", "kv_heads", None))
 
         inv_freq, rope_scale = rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        if rotates is not True and rope_scale != 1.0:
+            rope_scale = jnp.where(rotates, rope_scale, 1.0)
         out_BTNH = rotary_attention(
             *(q_BTNH, k_BTKH, v_BTKH, positions_BTP, positions_BTP),
             q_segment_ids=segment_ids,

@@ -1,5 +1,7 @@
 """One layer of the decoder."""
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,25 @@ def repositioning(config: DecoderConfig, **options) -> ContextRePositioning:
     )
 
 
+def layer_positions(kind: PositionKind, x_BTD: jax.Array, index_weight, f_phi) -> jax.Array | None:
+    """The positions of a layer of this kind: float32 [B, T, P], or None for no rotation.
+
+    index_weight: w of (1 - w) z + w index where `kind` is `repo`.
+    f_phi: x_BTD -> z, called for `repo` only.
+    """
+    if kind == "nope":
+        return None
+    index_BT1 = jnp.broadcast_to(
+        jnp.arange(x_BTD.shape[1], dtype=jnp.float32)[None, :, None], (*x_BTD.shape[:2], 1)
+    )
+    if kind == "rope":
+        return index_BT1
+    z_BTP = f_phi(x_BTD)
+    if isinstance(index_weight, float) and index_weight == 0.0:
+        return z_BTP
+    return (1.0 - index_weight) * z_BTP + index_weight * index_BT1
+
+
 class DecoderBlock(nn.Module):
     """OLMo-2 block: x + norm(attention(x)), then x + norm(mlp(x)).
 
@@ -33,11 +54,11 @@ class DecoderBlock(nn.Module):
 
     Attributes:
       config: of the model.
-      kind: `rope`, integer positions; `nope`, none; `repo`, learned.
+      kind: `rope`, integer positions; `nope`, none; `repo`, learned; `given`, by the caller.
     """
 
     config: DecoderConfig
-    kind: PositionKind
+    kind: PositionKind | Literal["given"]
 
     @nn.compact
     def __call__(
@@ -45,29 +66,27 @@ class DecoderBlock(nn.Module):
         x_BTD: jax.Array,
         segment_ids: jax.Array | None = None,
         index_weight: float | jax.Array = 0.0,
-    ) -> tuple[jax.Array, jax.Array]:
+        positions: jax.Array | None = None,
+        rotates: jax.Array | bool = True,
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Runs the layer.
 
         Args:
           x_BTD: [B, T, D] in the activation dtype.
           segment_ids: int32 [B, T], nondecreasing documents from 1; 0 is padding.
           index_weight: w of (1 - w) z + w index in a `repo` layer.
+          positions: float32 [B, T, P], P = 1, K or N, for the kind `given`.
+          rotates: False where the given positions are the zeros of a layer without any, which
+            YaRN does not scale either.
 
         Returns:
-          The new x, and the positions used: float32 [B, T, P] (NaN for `nope`).
+          The new x, and the positions used: float32 [B, T, P], None for `nope`.
         """
         c = self.config
-        index_BT1 = jnp.broadcast_to(
-            jnp.arange(x_BTD.shape[1], dtype=jnp.float32)[None, :, None], (*x_BTD.shape[:2], 1)
-        )
-        positions = {"rope": index_BT1, "nope": None}.get(self.kind)
-        if self.kind == "repo":
-            positions = repositioning(c, name="repositioning")(x_BTD)
-            if not (isinstance(index_weight, float) and index_weight == 0.0):
-                positions = (1.0 - index_weight) * positions + index_weight * index_BT1
-
-        attended = Attention(c, name="attention")(x_BTD, positions, segment_ids)
+        if self.kind != "given":
+            f_phi = lambda x: repositioning(c, name="repositioning")(x)
+            positions = layer_positions(self.kind, x_BTD, index_weight, f_phi)
+        attended = Attention(c, name="attention")(x_BTD, positions, segment_ids, rotates)
         x_BTD = x_BTD + RMSNorm(c, ("embed",), name="attention_norm")(attended)
         x_BTD = x_BTD + RMSNorm(c, ("embed",), name="mlp_norm")(MLP(c, name="mlp")(x_BTD))
-        x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "embed"))
-        return x_BTD, jnp.full_like(index_BT1, jnp.nan) if positions is None else positions
+        return nn.with_logical_constraint(x_BTD, ("batch", "length", "embed")), positions

@@ -6,11 +6,11 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 
 from repo_jax.config import DecoderConfig
-from repo_jax.modeling import scan
-from repo_jax.modeling.block import DecoderBlock, repositioning
+from repo_jax.modeling.block import DecoderBlock, layer_positions, repositioning
 from repo_jax.modeling.layers import RMSNorm, init_weights, linear
 
 _REMAT_POLICIES = {
@@ -109,60 +109,64 @@ class RePoLM(nn.Module):
         return positions
 
     def _walk(self, tokens_BT, segment_ids, index_weight, *, keep_positions: bool):
-        """Embeds, then runs every segment of the scan plan."""
+        """Embeds, then scans the layers: one compiled body, whatever depth and preset."""
         c = self.config
         x_BTD = self.embedding(tokens_BT)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "embed"))
-        segments = scan.plan(c.kinds)
-        common = {k: v for k, v in self.layers.items() if k != "repositioning"}
-        common = _split(common, [(s.repeats, len(s.pattern)) for s in segments])
-        f_phi = self.layers.get("repositioning")
-        f_phi = _split(f_phi, [(s.repeats, s.pattern.count("repo")) for s in segments])
-        kept = []
-        for segment, params in zip(segments, zip(common, f_phi, strict=True), strict=True):
-            run = functools.partial(self._run_pattern, segment.pattern, keep_positions)
-            x_BTD, positions = jax.lax.scan(
-                lambda x, params, run=run: run(params, x, segment_ids, index_weight), x_BTD, params
+        layers = dict(self.layers)
+        # f_phi's parameters on the axis of all layers, zeros where a layer has none: a copy of
+        # the smallest ones, where a scan for each kind would have to cut up all.
+        at = np.flatnonzero([kind == "repo" for kind in c.kinds])
+        f_phi = layers.pop("repositioning", None)
+        if len(at) < c.n_layers:
+            f_phi = jax.tree.map(
+                lambda p: jnp.zeros((c.n_layers, *p.shape[1:]), p.dtype).at[at].set(p), f_phi
             )
-            if keep_positions:  # [repeats, period, B, T, N]
-                kept.append(positions.reshape(-1, *positions.shape[2:]))
+        kinds = sorted(set(c.kinds))
+        which = jnp.array([kinds.index(kind) for kind in c.kinds])
+
+        def layer(x_BTD, layer):
+            params, f_phi, which = layer
+            if len(kinds) > 1:
+                positions = self._positions(kinds, which, f_phi, x_BTD, index_weight)
+                given = (positions, which != kinds.index("nope") if "nope" in kinds else True)
+            else:
+                given = ()
+                params = params | ({"repositioning": f_phi} if f_phi else {})
+            block = DecoderBlock(c, "given" if given else kinds[0], parent=None)
+            x_BTD, positions = block.apply(
+                {"params": params}, x_BTD, segment_ids, index_weight, *given
+            )
+            return x_BTD, positions if keep_positions else None
+
+        if c.remat != "none":
+            layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[c.remat], prevent_cse=False)
+        x_BTD, positions = jax.lax.scan(layer, x_BTD, (layers, f_phi, which))
         if not keep_positions:
             return x_BTD, None
-        return x_BTD, jnp.concatenate(kept).transpose(1, 0, 3, 2)
+        if positions is None:  # every layer is `nope`
+            positions = jnp.zeros((c.n_layers, *tokens_BT.shape, 1))
+        nope = jnp.array([kind == "nope" for kind in c.kinds])[:, None, None, None]
+        positions = jnp.where(nope, jnp.nan, positions)
+        positions = jnp.repeat(positions, c.n_heads // positions.shape[-1], -1)
+        return x_BTD, positions.transpose(1, 0, 3, 2)
 
-    def _run_pattern(self, pattern, keep_positions, params, x_BTD, segment_ids, index_weight):
-        common, f_phi = params
-        n_repo_done = 0
-        kept = []
-        for i, kind in enumerate(pattern):
-            layer = jax.tree.map(lambda p, i=i: p[i], common)
-            if kind == "repo":
-                layer["repositioning"] = jax.tree.map(lambda p, i=n_repo_done: p[i], f_phi)
-                n_repo_done += 1
-            block = DecoderBlock(self.config, kind, parent=None)
-            run = lambda layer, *args, block=block: block.apply({"params": layer}, *args)
-            if self.config.remat != "none":
-                policy = _REMAT_POLICIES[self.config.remat]
-                run = jax.checkpoint(run, policy=policy, prevent_cse=False)
-            x_BTD, positions = run(layer, x_BTD, segment_ids, index_weight)
-            kept.append(jnp.repeat(positions, self.config.n_heads // positions.shape[-1], -1))
-        return x_BTD, jnp.stack(kept) if keep_positions else None
+    def _positions(self, kinds, which, f_phi, x_BTD, index_weight):
+        """The positions of a layer whose kind is kinds[which], decided at run time.
 
+        A layer without any gets zeros: rotation by zero is the identity.
+        """
+        c = self.config
+        columns = c.position_columns if "repo" in kinds else 1
+        z = lambda f_phi: lambda x: repositioning(c, parent=None).apply({"params": f_phi}, x)
 
-def _split(params, groups: list[tuple[int, int]]):
-    """Cuts stacked params into a tree for each (repeats, size), arrays [repeats, size, ...].
+        def positions(kind, f_phi, x_BTD):
+            found = layer_positions(kind, x_BTD, index_weight, z(f_phi))
+            found = jnp.zeros((*x_BTD.shape[:2], 1)) if found is None else found
+            return jnp.broadcast_to(found, (*x_BTD.shape[:2], columns))
 
-    By `lax.split`, whose gradient is one concatenation; slices would each be padded to the
-    whole stack and added up.
-    """
-    leaves, structure = jax.tree.flatten(params)
-    parts = [jax.lax.split(leaf, [r * size for r, size in groups]) for leaf in leaves]
-    return [
-        jax.tree.unflatten(
-            structure, [part[i].reshape(r, size, *part[i].shape[1:]) for part in parts]
-        )
-        for i, (r, size) in enumerate(groups)
-    ]
+        branches = [functools.partial(positions, kind) for kind in kinds]
+        return jax.lax.switch(which, branches, f_phi, x_BTD)
 
 
 def capture_positions(

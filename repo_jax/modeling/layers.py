@@ -17,36 +17,46 @@ def init_weights(std: float, axes: tuple[str | None, ...] | None):
     return nn.with_logical_partitioning(init, axes) if axes else init
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def contract(x, kernel, n: int, out_dtype=None, precision=None):
-    """x [..., *in] times kernel [*in, *out], over the n axes of in.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def contract(x, gate, kernel, n: int, out_dtype=None, precision=None):
+    """x [..., *in] times kernel [*in, *out], over the n axes of in; silu(gate) * x if gated.
 
-    Its VJP forms the kernel's gradient as x^T dy; JAX's own rule forms (dy^T x)^T. On CPU
-    XLA fuses what produced dy into the copy that transposes it and evaluates the
+    Its VJP keeps the kernel as it is stored, not cast to x's dtype, and the factors of the
+    gated x, not the product: under a scan over layers, what is kept is stacked. The kernel's
+    gradient comes in the kernel's own dtype, and as x^T dy; JAX's own rule forms (dy^T x)^T.
+    On CPU XLA fuses what produced dy into the copy that transposes it and evaluates the
     exponentials there one by one instead of in vectors; x is at hand as it is.
     """
+    x = x if gate is None else swiglu(gate, x)
     axes = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
     options = dict(preferred_element_type=out_dtype, precision=precision)
-    return jax.lax.dot_general(x, kernel, (axes, ((), ())), **options)
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())), **options)
 
 
-def _contract_fwd(x, kernel, n, out_dtype, precision):
-    return contract(x, kernel, n, out_dtype, precision), (x, kernel)
+def _contract_fwd(x, gate, kernel, n, out_dtype, precision):
+    return contract(x, gate, kernel, n, out_dtype, precision), (x, gate, kernel)
 
 
 def _contract_bwd(n, out_dtype, precision, residuals, dy):
     del out_dtype
-    x, kernel = residuals
+    up, gate, kernel = residuals
+    x = up if gate is None else swiglu(gate, up)
     dy = dy.astype(x.dtype)
     batch = tuple(range(x.ndim - n))
     outputs = (tuple(range(len(batch), dy.ndim)), tuple(range(n, kernel.ndim)))
-    dx = jax.lax.dot_general(dy, kernel, (outputs, ((), ())), precision=precision)
+    dims = (outputs, ((), ()))
+    dx = jax.lax.dot_general(dy, kernel.astype(x.dtype), dims, precision=precision)
     # As matrices: with one contracted axis the product takes x as it lies, with two XLA's
     # CPU compiler copies it transposed first.
     rows = math.prod(x.shape[: len(batch)])
     flat = lambda a: a.reshape(rows, -1)
-    d_kernel = jax.lax.dot_general(flat(x), flat(dy), (((0,), (0,)), ((), ())), precision=precision)
-    return dx, d_kernel.reshape(kernel.shape)
+    d_kernel = jax.lax.dot_general(
+        *(flat(x), flat(dy), (((0,), (0,)), ((), ()))),
+        precision=precision,
+        preferred_element_type=kernel.dtype,
+    )
+    d_gate, d_up = (None, dx) if gate is None else _swiglu_bwd((gate, up), dx)
+    return d_up, d_gate, d_kernel.reshape(kernel.shape)
 
 
 contract.defvjp(_contract_fwd, _contract_bwd)
@@ -79,13 +89,13 @@ class Linear(nn.Module):
     precision: Any = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., *in] -> [..., *features]."""
+    def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+        """x [..., *in] -> [..., *features]; with `gate`, of x's shape, maps silu(gate) * x."""
         shape = (*x.shape[x.ndim - self.inputs :], *self.features)
         init = init_weights(self.init_std, self.axes)
         kernel = self.param("kernel", init, shape, jnp.dtype(self.param_dtype))
-        x, kernel = (a.astype(self.dtype or x.dtype) for a in (x, kernel))
-        return contract(x, kernel, self.inputs, self.out_dtype, self.precision)
+        x, gate = jax.tree.map(lambda a: a.astype(self.dtype or x.dtype), (x, gate))
+        return contract(x, gate, kernel, self.inputs, self.out_dtype, self.precision)
 
 
 def linear(config: DecoderConfig, features: tuple[int, ...], axes, **options) -> Linear:
@@ -181,8 +191,8 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
         to_mlp = functools.partial(linear, c, (c.d_ff,), ("embed", "mlp"))
-        gate_BTF, up_BTF = to_mlp(name="gate")(x_BTD), to_mlp(name="up")(x_BTD)
-        hidden_BTF = nn.with_logical_constraint(
-            swiglu(gate_BTF, up_BTF), ("batch", "length", "mlp")
+        gate_BTF, up_BTF = (
+            nn.with_logical_constraint(to_mlp(name=name)(x_BTD), ("batch", "length", "mlp"))
+            for name in ("gate", "up")
         )
-        return linear(c, (c.d_model,), ("mlp", "embed"), name="down")(hidden_BTF)
+        return linear(c, (c.d_model,), ("mlp", "embed"), name="down")(up_BTF, gate_BTF)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from repo_jax.modeling.layers import Linear, swiglu
+from repo_jax.modeling.layers import Linear
 
 
 class ContextRePositioning(nn.Module):
@@ -57,4 +57,4 @@ class ContextRePositioning(nn.Module):
         width = self.d_position or max(1, h.shape[-1] // 8)
         gate = to(width, "DP", "gate_map", self.dtype)(h)
         content = to(width, "DP", "content_map", self.dtype)(h)
-        return to(self.columns, "PC", "final_map", **exact)(swiglu(gate, content))
+        return to(self.columns, "PC", "final_map", **exact)(content, gate)
