@@ -1,27 +1,52 @@
 """The public `rotary_attention`: checks, defaults, choice of implementation."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import masks, reference, xla
+from pallas_kernels import dispatch
+from pallas_kernels.attention import masks
+from pallas_kernels.partition import Partition
 from pallas_kernels.rotation import rotate
 from pallas_kernels.rotation.api import check_inv_freq, check_positions
 
+# Each module has `attend(q, k, v, mask, *, scale)` for rotated q and k, as in `xla`. Imported
+# when first used: a machine needs the dependencies of its own kernels only.
+IMPLEMENTATIONS = {
+    name: f"pallas_kernels.attention.{module}"
+    for name, module in {
+        "reference": "reference",
+        "xla": "xla",
+        "pallas_tpu": "tpu",
+        "pallas_gpu": "gpu",
+        "cudnn": "cudnn",
+    }.items()
+}
 
-def _rotated(attend):
-    """An implementation that rotates q and k once, then attends."""
 
-    def implementation(q, k, v, positions_q, positions_k, mask, *, scale, inv_freq, rope_scale):
-        q, k = rotate(q, k, positions_q, positions_k, inv_freq=inv_freq, rope_scale=rope_scale)
-        return attend(q, k, v, mask, scale=scale)
-
-    return implementation
+def rotation_for(implementation: str | None) -> str | None:
+    """The implementation of `rotate` that goes with one of attention."""
+    if implementation is None or implementation.startswith("pallas"):
+        return implementation
+    return "xla"
 
 
-IMPLEMENTATIONS = {"reference": _rotated(reference.attend), "xla": _rotated(xla.attend)}
+_AXES = dict(
+    **dict(q="BTNH", k="BSKH", v="BSKH", positions_q="BTP", positions_k="BSP"),
+    **dict(q_index="BT", kv_index="BS", q_segment_ids="BT", kv_segment_ids="BS"),
+    **dict(kv_length="B", inv_freq="F", rope_scale=""),
+)
 
-# Tried in this order when no implementation is named.
-AUTOMATIC = ("xla",)
+
+def automatic() -> tuple[str, ...]:
+    """The implementations tried in this order when none is named, for the default backend.
+
+    A kernel of ours for GPUs enters when it was seen correct on one (docs/kernels.md).
+    """
+    return {"tpu": ("pallas_tpu", "xla"), "gpu": ("cudnn", "xla")}.get(
+        jax.default_backend(), ("xla",)
+    )
 
 
 def _check(q, k, v, positions_q, positions_k, arrays) -> None:
@@ -70,6 +95,7 @@ def rotary_attention(
     rope_scale: float = 1.0,
     return_lse: bool = False,
     implementation: str | None = None,
+    partition: Partition | None = None,
 ):
     """Attention whose queries and keys are rotated by real-valued positions (RePo eq. 7).
 
@@ -96,7 +122,10 @@ def rotary_attention(
       inv_freq: float [H / 2]: radians per position of channel pair (c, c + H/2).
       rope_scale: factor on cos and sin, so its square is on the scores (YaRN).
       return_lse: also return the logsumexp of the scores.
-      implementation: a name of `IMPLEMENTATIONS`; None: the first of `AUTOMATIC` that can.
+      implementation: a name of `IMPLEMENTATIONS`; None: the first of `automatic()` that can.
+      partition: how batch and heads are split over the mesh in context; each device then
+        runs the implementation on its part. Kernels need it under a mesh; None: not split,
+        or split by XLA's partitioner, which knows the `xla` implementation only.
 
     Returns:
       [B, T, N, H] in q's dtype; zeros for queries that see nothing. With `return_lse` also
@@ -114,18 +143,29 @@ def rotary_attention(
     )
     _check(q, k, v, positions_q, positions_k, arrays)
     check_inv_freq(inv_freq, q.shape[-1])
-    name = implementation or AUTOMATIC[0]
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {name!r} is unknown; known: {', '.join(IMPLEMENTATIONS)}")
-    B, T, N, H = q.shape
-    S, K = k.shape[1:3]
-    if positions_k is not None and positions_k.shape[-1] > K:
-        k, v = jnp.repeat(k, N // K, axis=2), jnp.repeat(v, N // K, axis=2)
-    out, lse = IMPLEMENTATIONS[name](
-        *(q, k, v, positions_q, positions_k),
-        masks.build((B, T, S), causal=causal, **arrays),
-        scale=H**-0.5 if scale is None else scale,
-        inv_freq=inv_freq,
-        rope_scale=rope_scale,
-    )
+    dispatch.check_name(implementation, IMPLEMENTATIONS)
+
+    def attend(q, k, v, inv_freq, rope_scale, positions_q=None, positions_k=None, **arrays):
+        B, T, N, H = q.shape
+        S, K = k.shape[1:3]
+        if positions_k is not None and positions_k.shape[-1] > K:
+            k, v = jnp.repeat(k, N // K, axis=2), jnp.repeat(v, N // K, axis=2)
+        q, k = rotate(
+            *(q, k, positions_q, positions_k),
+            inv_freq=inv_freq,
+            rope_scale=rope_scale,
+            implementation=rotation_for(implementation),
+        )
+        mask = masks.build((B, T, S), causal=causal, **arrays)
+        call = lambda module: importlib.import_module(module).attend(
+            q, k, v, mask, scale=H**-0.5 if scale is None else scale
+        )
+        return dispatch.first_able(implementation, automatic(), IMPLEMENTATIONS, call)
+
+    arrays |= dict(q=q, k=k, v=v, positions_q=positions_q, positions_k=positions_k)
+    arrays |= dict(inv_freq=jnp.asarray(inv_freq), rope_scale=rope_scale)
+    if partition is None:
+        out, lse = attend(**arrays)
+    else:
+        out, lse = partition.apply(attend, arrays, _AXES, ("BTNH", "BNT"))
     return (out, lse) if return_lse else out

@@ -31,12 +31,12 @@ class Default:
 def build(
     shapes: tuple[int, int, int],
     *,
-    q_index: jax.Array | None,
-    kv_index: jax.Array | None,
-    q_segment_ids: jax.Array | None,
-    kv_segment_ids: jax.Array | None,
-    kv_length: jax.Array | None,
     causal: bool,
+    q_index: jax.Array | None = None,
+    kv_index: jax.Array | None = None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    kv_length: jax.Array | None = None,
 ) -> "Mask | Default":
     """Builds the mask of `rotary_attention`.
 

@@ -4,10 +4,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import rotary_attention
+from pallas_kernels import Partition, rotary_attention, rotate
+from pallas_kernels.attention.api import rotation_for
 from repo_jax.config import DecoderConfig
 from repo_jax.modeling.layers import RMSNorm, linear
 from repo_jax.modeling.rope import rotary_frequencies
+
+
+def _partition() -> Partition | None:
+    """How the logical axis rules in context split batch and heads; None where they do not."""
+    batch, heads = nn.logical_to_mesh_axes(("batch", "heads"))
+    return Partition(batch, heads) if batch or heads else None
 
 
 class Attention(nn.Module):
@@ -36,8 +43,8 @@ class Attention(nn.Module):
         q_BTNH = heads(c.n_heads, "query", "heads")(x_BTD)
         k_BTKH = heads(c.n_kv_heads, "key", "kv_heads")(x_BTD)
         v_BTKH = heads(c.n_kv_heads, "value", "kv_heads")(x_BTD)
-        q_BTNH = RMSNorm(c, ("heads", None), name="query_norm")(q_BTNH)
-        k_BTKH = RMSNorm(c, ("kv_heads", None), name="key_norm")(k_BTKH)
+        q_norm = RMSNorm(c, ("heads", None), name="query_norm").scale(q_BTNH.shape[2:])
+        k_norm = RMSNorm(c, ("kv_heads", None), name="key_norm").scale(k_BTKH.shape[2:])
         q_BTNH = nn.with_logical_constraint(q_BTNH, ("batch", "length", "heads", None))
         k_BTKH = nn.with_logical_constraint(k_BTKH, ("batch", "length", "kv_heads", None))
         v_BTKH = nn.with_logical_constraint(v_BTKH, ("batch", "length", "kv_heads", None))
@@ -45,12 +52,25 @@ class Attention(nn.Module):
         inv_freq, rope_scale = rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         if rotates is not True and rope_scale != 1.0:
             rope_scale = jnp.where(rotates, rope_scale, 1.0)
+        kernel = dict(
+            inv_freq=inv_freq,
+            partition=None if self.is_initializing() else _partition(),
+        )
+        # Norm and rotation are one pass over q and k; attention gets them rotated.
+        q_BTNH, k_BTKH = rotate(
+            *(q_BTNH, k_BTKH, positions_BTP, positions_BTP),
+            rope_scale=rope_scale,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            norm_eps=c.norm_eps,
+            implementation=rotation_for(c.attention),
+            **kernel,
+        )
         out_BTNH = rotary_attention(
-            *(q_BTNH, k_BTKH, v_BTKH, positions_BTP, positions_BTP),
+            *(q_BTNH, k_BTKH, v_BTKH, None, None),
             q_segment_ids=segment_ids,
             kv_segment_ids=segment_ids,
-            inv_freq=inv_freq,
-            rope_scale=rope_scale,
             implementation=c.attention,
+            **kernel,
         )
         return linear(c, (c.d_model,), ("heads", None, "embed"), inputs=2, name="out")(out_BTNH)

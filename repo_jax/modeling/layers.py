@@ -155,13 +155,15 @@ class RMSNorm(nn.Module):
     axes: tuple[str | None, ...]
 
     @nn.compact
+    def scale(self, shape: tuple[int, ...]) -> jax.Array:
+        """The parameter, for who applies the norm together with something else."""
+        init = nn.with_logical_partitioning(nn.initializers.ones, self.axes)
+        return self.param("scale", init, shape, jnp.dtype(self.config.param_dtype))
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """x of any shape with those axes last -> the same shape in the activation dtype."""
-        c = self.config
-        init = nn.with_logical_partitioning(nn.initializers.ones, self.axes)
-        shape = x.shape[x.ndim - len(self.axes) :]
-        scale = self.param("scale", init, shape, jnp.dtype(c.param_dtype))
-        return normalize(x.astype(c.dtype), scale, c.norm_eps)
+        scale = self.scale(x.shape[x.ndim - len(self.axes) :])
+        return normalize(x.astype(self.config.dtype), scale, self.config.norm_eps)
 
 
 @jax.custom_vjp

@@ -254,7 +254,7 @@ def test_memory_grows_with_length_not_its_square(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(implementation="nope"), "implementation 'nope' is unknown; known: reference, xla"),
+        (dict(implementation="nope"), "implementation 'nope' is unknown; known: reference, xla, pallas_tpu, pallas_gpu, cudnn"),
         (dict(k=jnp.zeros((2, 19, 3, H)), v=jnp.zeros((2, 19, 3, H))), "3 key/value heads do not"),
         (dict(positions_q=jnp.zeros((2, 19, 3))), "3 columns, which do not divide the 4 heads"),
         (dict(positions_q=None), "must both be given or both be None"),

@@ -1,14 +1,19 @@
 """rotate and its sincos against float64."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import rotate
 from pallas_kernels.rotation.sincos import sincos
+from tests.kernels import rotation_cases
+from tests.kernels.rotation_cases import Case
 
 INV_FREQ = (10_000.0 ** (-np.arange(0, 8, 2) / 8)).astype(np.float32)
 
@@ -108,6 +113,86 @@ def test_none_leaves_as_it_is():
     out_q, out_k = rotate(q, k, None, None, inv_freq=INV_FREQ)
     assert out_q is q
     assert out_k is k
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(7, 4, 2, 64, norm=True, B=2),
+        Case(5, 4, 4, 80, "shared", norm=True, given=True, dtype="bfloat16", scale=1.1386),
+        Case(5, 2, 2, 64, dtype="bfloat16"),
+        Case(5, 4, 1, 128, "none", norm=True),
+    ],
+    ids=str,
+)
+def test_with_norms_matches_float64(case):
+    errors = rotation_cases.errors(case, "xla")
+    assert max(errors.values()) < rotation_cases.TOLERANCE[case.dtype], errors
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+def test_shards_with_their_summed_mean_square_are_the_whole(implementation):
+    """Tensor parallelism: half the heads here, half there, outputs and gradients alike."""
+    q, k, z, q_norm, k_norm = arrays(0, (2, 5, 4, 64), (2, 5, 4, 64), (2, 5, 4), (4, 64), (4, 64))
+    cotangents = tuple(arrays(1, q.shape, k.shape))
+    options = dict(inv_freq=Case(5, 4, 4, 64).frequencies(), implementation=implementation)
+
+    def whole(q, k, z, q_norm, k_norm):
+        return rotate(q, k, z, z, q_norm=q_norm, k_norm=k_norm, **options)
+
+    def halves(q, k, z, q_norm, k_norm):
+        mean_square = lambda x: sum(
+            0.5 * jnp.mean(half**2, (2, 3)) for half in jnp.split(x, 2, axis=2)
+        )
+        common = dict(q_mean_square=mean_square(q), k_mean_square=mean_square(k))
+        outputs = []
+        for part in (slice(0, 2), slice(2, 4)):
+            z_part = z[:, :, part]
+            norms = dict(q_norm=q_norm[part], k_norm=k_norm[part])
+            out = rotate(
+                *(q[:, :, part], k[:, :, part], z_part, z_part), **norms, **common, **options
+            )
+            outputs.append(out)
+        return tuple(jnp.concatenate(x, axis=2) for x in zip(*outputs, strict=True))
+
+    def everything(f):
+        outputs, vjp = jax.vjp(f, q, k, z, q_norm, k_norm)
+        return outputs, vjp(cotangents)
+
+    tpu = implementation == "pallas_tpu"
+    with pltpu.force_tpu_interpret_mode() if tpu else contextlib.nullcontext():
+        found, expected = (jax.jit(everything, static_argnums=0)(f) for f in (halves, whole))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_one_of_two_may_have_a_norm_or_positions():
+    q, k, z, norm = arrays(0, (1, 4, 2, 8), (1, 4, 2, 8), (1, 4, 2), (2, 8))
+    both_q, both_k = rotate(q, k, z, z, inv_freq=INV_FREQ, q_norm=norm, k_norm=norm)
+    out_q, out_k = rotate(q, k, z, None, inv_freq=INV_FREQ, q_norm=norm)
+    np.testing.assert_allclose(out_q, both_q, atol=1e-6)
+    assert out_k is k
+    out_q, out_k = rotate(q, k, None, z, inv_freq=INV_FREQ, k_norm=norm)
+    np.testing.assert_allclose(out_k, both_k, atol=1e-6)
+    assert out_q is q
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"q_norm": np.ones((4, 7))}, r"q_norm has shape \(4, 7\).* must be \(4, 8\)"),
+        ({"k_mean_square": np.ones((1, 4))}, "k_mean_square is given without k_norm"),
+        (
+            {"q_norm": np.ones((4, 8)), "q_mean_square": np.ones((1, 5))},
+            r"q_mean_square has shape \(1, 5\).* must be \(1, 4\)",
+        ),
+        ({"implementation": "cuda"}, "'cuda' is unknown; known: xla, pallas_tpu, pallas_gpu"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    q, k = arrays(0, (1, 4, 4, 8), (1, 4, 4, 8))
+    with pytest.raises(ValueError, match=message):
+        rotate(q, k, None, None, inv_freq=INV_FREQ, **options)
 
 
 @pytest.mark.parametrize(
