@@ -12,7 +12,9 @@ from repo_jax.modeling.rope import rotary_frequencies
 
 
 def _partition() -> Partition | None:
-    """How the logical axis rules in context split batch and heads; None where they do not."""
+    """How mesh and logical axis rules in context split batch and heads; None where they do not."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return None
     batch, heads = nn.logical_to_mesh_axes(("batch", "heads"))
     return Partition(batch, heads) if batch or heads else None
 
