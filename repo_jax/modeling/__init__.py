@@ -1,7 +1,7 @@
 """The decoder: OLMo-2 blocks whose attention may stand on learned positions.
 
-How data flows: `decoder.RePoLM` embeds tokens and walks the layers by the plan of
-`scan.py`; each `block.DecoderBlock` gets its positions (index, none, or
+How data flows: `decoder.RePoLM` embeds tokens and scans the layers, one compiled body
+for all; each `block.DecoderBlock` gets its positions (index, none, or
 `repositioning.ContextRePositioning` of its input), runs `attention.Attention`, then the
 MLP; `rope.py` says how fast each pair of channels turns.
 """
