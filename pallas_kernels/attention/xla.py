@@ -47,7 +47,12 @@ def _part(x, start, size: int, axis: int):
 
 
 def _dot(a, b):
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    dot = lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    if a.dtype == b.dtype == jnp.float32:
+        return dot(a, b)
+    # jaxlib 0.10.2's CPU runtime refuses some bf16 products with fp32 results.
+    wide = lambda a, b: dot(a.astype(jnp.float32), b.astype(jnp.float32))
+    return jax.lax.platform_dependent(a, b, cpu=wide, default=dot)
 
 
 def _row_block(mask, i, cq: int, group: int):
@@ -233,7 +238,7 @@ def _attend_bwd(default, scale, blocks, residuals, cotangents):
     d_out, d_lse = cotangents
     K = k.shape[2]
     B, N, T = lse.shape
-    delta = jnp.einsum("BTNH,BTNH->BNT", d_out, out, preferred_element_type=jnp.float32)
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1).swapaxes(1, 2)
     grouped = lambda x: x.reshape(B, K, N // K, T)
     dq, dk, dv = _heads(
         functools.partial(_backward, scale=scale, blocks=blocks),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import rotary_attention
 from pallas_kernels.attention import masks, xla
+from tests.kernels import attention_cases
 
 H = 8
 INV_FREQ = (10_000.0 ** (-np.arange(0, H, 2) / H)).astype(np.float32)
@@ -93,12 +94,20 @@ def check(arrays, visible, *, causal=True, tolerance=3e-6, **options):
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks far below the lengths, so that skipping and partial blocks happen."""
-    monkeypatch.setattr(xla, "default_blocks", lambda: xla.BlockSizes(query=8, key=8, window=2, scores=200))
+    monkeypatch.setattr(
+        xla, "default_blocks", lambda: xla.BlockSizes(query=8, key=8, window=2, scores=200)
+    )
 
 
 def causal(T, S=None):
     S = S or T
     return np.broadcast_to(np.arange(S)[None] <= np.arange(T)[:, None] + S - T, (2, T, S))
+
+
+@pytest.mark.parametrize("case", attention_cases.COVERING, ids=str)
+def test_matches_float64(case, monkeypatch):
+    monkeypatch.setattr(xla, "default_blocks", xla.BlockSizes)
+    attention_cases.check(functools.partial(rotary_attention, implementation="xla"), case)
 
 
 @settings(max_examples=12)
@@ -254,7 +263,10 @@ def test_memory_grows_with_length_not_its_square(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(implementation="nope"), "implementation 'nope' is unknown; known: reference, xla, pallas_tpu, pallas_gpu, cudnn"),
+        (
+            dict(implementation="nope"),
+            "implementation 'nope' is unknown; known: reference, xla, pallas_tpu, pallas_gpu, cu",
+        ),
         (dict(k=jnp.zeros((2, 19, 3, H)), v=jnp.zeros((2, 19, 3, H))), "3 key/value heads do not"),
         (dict(positions_q=jnp.zeros((2, 19, 3))), "3 columns, which do not divide the 4 heads"),
         (dict(positions_q=None), "must both be given or both be None"),
