@@ -9,7 +9,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python -m repo_jax.quickstart
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

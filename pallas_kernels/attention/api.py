@@ -44,9 +44,9 @@ def automatic() -> tuple[str, ...]:
 
     A kernel of ours for GPUs enters when it was seen correct on one (docs/kernels.md).
     """
-    return {"tpu": ("pallas_tpu", "xla"), "gpu": ("cudnn", "xla")}.get(
-        jax.default_backend(), ("xla",)
-    )
+    if dispatch.on_known_tpu():
+        return ("pallas_tpu", "xla")
+    return ("cudnn", "xla") if jax.default_backend() == "gpu" else ("xla",)
 
 
 def _check(q, k, v, positions_q, positions_k, arrays) -> None:

@@ -143,12 +143,8 @@ def _by_rows(f, visits: int, mask, *arrays):
 
 def _listed(live, full, **options):
     """`tpu_plan.visits`, its count the largest of any row; both concrete if the plan is."""
-    if isinstance(live, np.ndarray):
-        with jax.ensure_compile_time_eval():
-            visits, count = tpu_plan.visits(jnp.asarray(live), jnp.asarray(full), **options)
-            return np.asarray(visits), int(count.max())
     visits, count = tpu_plan.visits(live, full, **options)
-    return visits, count.max()
+    return visits, int(count.max()) if isinstance(count, np.ndarray) else count.max()
 
 
 def _forward(call: _Call, q, k, v, mask):

@@ -60,28 +60,34 @@ def visits(live, full, *, span: int, keep_empty: bool):
     if max(n_outer, n_spans) > MOST_BLOCKS:
         raise NotImplementedError(f"{max(n_outer, n_spans)} blocks are more than {MOST_BLOCKS}")
 
+    # What is known while tracing stays in numpy: a computation of jax's, even an eager one,
+    # belongs to the mesh in context.
+    xp = np if isinstance(live, np.ndarray) else jnp
+
     def bits(x, start):
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, n_spans * span - n_inner)))
+        x = xp.pad(x, ((0, 0), (0, 0), (0, n_spans * span - n_inner)))
         x = x.reshape(R, n_outer, n_spans, span)
-        return (x.astype(jnp.int32) << (start + jnp.arange(span))[None, None, None]).sum(-1)
+        return (x.astype(np.int32) << (start + np.arange(span))[None, None, None]).sum(-1)
 
     bits = bits(live, 0) + bits(live & full, MOST_SPAN)
     marked = bits != 0
-    if keep_empty:
-        marked = marked.at[:, :, 0].set(marked[:, :, 0] | ~marked.any(-1))
-    else:
-        marked = marked.at[:, 0, 0].set(marked[:, 0, 0] | ~marked.any((-1, -2)))
-    where = (jnp.arange(n_outer)[:, None] << 16 | jnp.arange(n_spans)[None] << 2)[None]
-    where += FIRST * (marked & (jnp.cumsum(marked, -1) == 1))
-    where += LAST * (marked & (jnp.cumsum(marked[..., ::-1], -1)[..., ::-1] == 1))
-    marked, where, bits = (x.reshape(R, -1) for x in (marked, where.astype(jnp.int32), bits))
-    count = marked.sum(-1, dtype=jnp.int32)
-    at = jnp.arange(marked.shape[1])[None]
-    order = jnp.argsort(~marked, axis=-1, stable=True)
-    order = jnp.take_along_axis(order, jnp.minimum(at, jnp.maximum(count - 1, 0)[:, None]), -1)
-    where, bits = (jnp.take_along_axis(x, order, -1) for x in (where, bits))
+    empty = ~marked.any(-1) if keep_empty else ~marked.any((-1, -2))[:, None]
+    first = (np.arange(n_outer) == 0)[None, :, None] | keep_empty
+    first = first & (np.arange(n_spans) == 0)[None, None]
+    marked = marked | (first & empty[:, :, None])
+    where = (np.arange(n_outer)[:, None] << 16 | np.arange(n_spans)[None] << 2)[None]
+    where = where + FIRST * (marked & (xp.cumsum(marked, -1) == 1))
+    where = where + LAST * (marked & (xp.cumsum(marked[..., ::-1], -1)[..., ::-1] == 1))
+    marked, where, bits = (
+        x.reshape(R, -1) for x in (marked, where.astype(np.int32), bits.astype(np.int32))
+    )
+    count = marked.sum(-1, dtype=np.int32)
+    at = np.arange(marked.shape[1])[None]
+    order = xp.argsort(~marked, axis=-1, stable=True)
+    order = xp.take_along_axis(order, xp.minimum(at, xp.maximum(count - 1, 0)[:, None]), -1)
+    where, bits = (xp.take_along_axis(x, order, -1) for x in (where, bits))
     real = at < count[:, None]
-    return jnp.stack([jnp.where(real, where, where & ~3), jnp.where(real, bits, 0)], 1), count
+    return xp.stack([xp.where(real, where, where & ~3), xp.where(real, bits, 0)], 1), count
 
 
 def plan(mask, T: int, S: int, q_block: int, k_block: int):
@@ -98,13 +104,11 @@ def plan(mask, T: int, S: int, q_block: int, k_block: int):
     if not isinstance(mask, masks.Default):
         return masks.block_plan(masks.pad(mask, whole_T, whole_S), q_block, k_block)
     # Queries of the padding may see anything, so their blocks need no mask on their account.
-    with jax.ensure_compile_time_eval():
-        index = jnp.arange(whole_S, dtype=jnp.int32)[None]
-        limit = jnp.arange(whole_T, dtype=jnp.int32)[None] + (S - T)
-        if not mask.causal:
-            index, limit = jnp.where(index < S, 0, masks.NEVER), jnp.zeros_like(limit)
-        plan = masks.block_plan({"limit": limit, "index": index}, q_block, k_block)
-        return tuple(np.asarray(x) for x in plan)
+    index = np.arange(whole_S, dtype=np.int32)[None]
+    limit = np.arange(whole_T, dtype=np.int32)[None] + (S - T)
+    if not mask.causal:
+        index, limit = np.where(index < S, 0, masks.NEVER), np.zeros_like(limit)
+    return masks.block_plan({"limit": limit, "index": index}, q_block, k_block)
 
 
 def kind(mask, T: int, S: int, q_block: int, k_block: int) -> tuple:
