@@ -1,5 +1,7 @@
 """The attention of one block."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,19 @@ from repo_jax.modeling.layers import RMSNorm, linear
 from repo_jax.modeling.rope import rotary_frequencies
 
 
-def _partition() -> Partition | None:
-    """How mesh and logical axis rules in context split batch and heads; None where they do not."""
-    if jax.sharding.get_abstract_mesh().empty:
+def _partition(batch_size: int) -> Partition | None:
+    """How mesh and logical axis rules in context split batch and heads; None where they do not.
+
+    A batch that the mesh does not divide, like the one row that a model is initialised with,
+    is not split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return None
     batch, heads = nn.logical_to_mesh_axes(("batch", "heads"))
+    axes = (batch,) if isinstance(batch, str) else batch or ()
+    if batch_size % math.prod(mesh.shape[axis] for axis in axes):
+        batch = None
     return Partition(batch, heads) if batch or heads else None
 
 
@@ -54,10 +64,7 @@ class Attention(nn.Module):
         inv_freq, rope_scale = rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         if rotates is not True and rope_scale != 1.0:
             rope_scale = jnp.where(rotates, rope_scale, 1.0)
-        kernel = dict(
-            inv_freq=inv_freq,
-            partition=None if self.is_initializing() else _partition(),
-        )
+        kernel = dict(inv_freq=inv_freq, partition=_partition(x_BTD.shape[0]))
         # Norm and rotation are one pass over q and k; attention gets them rotated.
         q_BTNH, k_BTKH = rotate(
             *(q_BTNH, k_BTKH, positions_BTP, positions_BTP),
