@@ -85,7 +85,7 @@ def result_path(args, name: str, hardware: str) -> Path | None:
 
 def report(path: Path | None, title: str, lines: list[str], data: dict, args, hardware: dict):
     """Prints the markdown; writes it and the JSON too unless `path` is None."""
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    options = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
     data = {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),

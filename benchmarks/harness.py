@@ -220,7 +220,7 @@ def report(path: Path | None, title: str, lines: list[str], data: dict, args, to
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     versions = {"python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in packages} | about
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    options = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
     others = _used_by_others(options.pop("start"))
     data = {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
