@@ -64,11 +64,15 @@ class Attention(nn.Module):
         inv_freq, rope_scale = rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         if rotates is not True and rope_scale != 1.0:
             rope_scale = jnp.where(rotates, rope_scale, 1.0)
-        kernel = dict(inv_freq=inv_freq, partition=_partition(x_BTD.shape[0]))
-        # Norm and rotation are one pass over q and k; attention gets them rotated.
+        kernel = dict(
+            inv_freq=inv_freq, rope_scale=rope_scale, partition=_partition(x_BTD.shape[0])
+        )
+        # Norm and rotation are one pass over q and k, and attention gets them rotated; but a
+        # key with a position for each of its query heads is turned by attention, once for each.
+        in_attention = positions_BTP is not None and positions_BTP.shape[-1] > c.n_kv_heads
+        before, later = (None, positions_BTP) if in_attention else (positions_BTP, None)
         q_BTNH, k_BTKH = rotate(
-            *(q_BTNH, k_BTKH, positions_BTP, positions_BTP),
-            rope_scale=rope_scale,
+            *(q_BTNH, k_BTKH, before, before),
             q_norm=q_norm,
             k_norm=k_norm,
             norm_eps=c.norm_eps,
@@ -76,7 +80,7 @@ class Attention(nn.Module):
             **kernel,
         )
         out_BTNH = rotary_attention(
-            *(q_BTNH, k_BTKH, v_BTKH, None, None),
+            *(q_BTNH, k_BTKH, v_BTKH, later, later),
             q_segment_ids=segment_ids,
             kv_segment_ids=segment_ids,
             implementation=c.attention,
