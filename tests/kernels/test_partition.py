@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Partition, rotary_attention, rotate
+from tests.kernels import tpu_compile
 
 B, T, N, K, H = 4, 24, 8, 4, 16
 INV_FREQ = (10_000.0 ** (-np.arange(0, H, 2) / H)).astype(np.float32)
@@ -26,13 +27,14 @@ def mesh():
     return jax.make_mesh((2, 1, 4), ("data", "fsdp", "tensor"), axis_types=types)
 
 
-def attended(partition, segment_ids=None):
+def attended(partition, segment_ids=None, implementation=None):
     def run(a):
         q, k = rotate(
             *(a["q"], a["k"], a["z"], a["z"]),
             inv_freq=INV_FREQ,
             q_norm=a["q_norm"],
             k_norm=a["k_norm"],
+            implementation=implementation,
             partition=partition,
         )
         return rotary_attention(
@@ -40,6 +42,7 @@ def attended(partition, segment_ids=None):
             q_segment_ids=segment_ids,
             kv_segment_ids=segment_ids,
             inv_freq=INV_FREQ,
+            implementation=implementation,
             partition=partition,
         )
 
@@ -79,3 +82,17 @@ def test_what_does_not_fit_is_named(partition, message):
 def test_needs_a_mesh():
     with pytest.raises(ValueError, match=r"no mesh is set; use jax\.set_mesh"):
         attended(Partition(batch="data"))(arrays(1))
+
+
+def on_four_chips():
+    """For `tpu_compile`."""
+    spec = Partition(batch="data", heads="tensor").spec
+    axes = dict(q="BTNH", k="BTKH", v="BTKH", z="BTP", q_norm="NH", k_norm="KH")
+    a = jax.eval_shape(lambda: arrays(K))
+    f = attended(Partition(batch="data", heads="tensor"), implementation="pallas_tpu")
+    return [("norm, rotation, attention", f, (a,), ({n: spec(axes[n]) for n in a},))]
+
+
+@tpu_compile.needs_libtpu
+def test_the_tpu_kernels_compile_for_a_mesh_of_four():
+    assert tpu_compile.failures("tests.kernels.test_partition:on_four_chips", ("v5e",)) == {}

@@ -6,9 +6,11 @@ generation would (tiles, VMEM), so this shows that kernels are accepted there. N
     failures = tpu_compile.failures("tests.kernels.test_rotation_tpu:compiled")
 
 names a function without arguments that returns (name, function, arguments) triples, the
-arguments as `jax.ShapeDtypeStruct`.
+arguments as `jax.ShapeDtypeStruct`, for one chip; or, with a tree of `PartitionSpec` like
+the arguments as the fourth, for a mesh of 2 x 2 chips with axes data and tensor.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -48,6 +50,7 @@ def failures(target: str, generations: tuple[str, ...] = tuple(TOPOLOGIES)) -> d
 
 def _main(target: str, *generations: str) -> None:
     import jax
+    import numpy as np
     from jax.experimental import topologies
 
     module, function = target.split(":")
@@ -55,13 +58,22 @@ def _main(target: str, *generations: str) -> None:
     failed = {}
     for generation in generations:
         topology = topologies.get_topology_desc(TOPOLOGIES[generation], "tpu")
-        sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
-        for name, f, args in cases:
+        auto = (jax.sharding.AxisType.Auto,) * 2
+        four = np.array(topology.devices).reshape(2, 2)
+        mesh = jax.sharding.Mesh(four, ("data", "tensor"), axis_types=auto)
+        one = jax.sharding.SingleDeviceSharding(topology.devices[0])
+        for name, f, args, *specs in cases:
+            shardings = (
+                jax.tree.map(lambda spec, m=mesh: jax.sharding.NamedSharding(m, spec), specs[0])
+                if specs
+                else jax.tree.map(lambda _, s=one: s, args)
+            )
             args = jax.tree.map(
-                lambda x, s=sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), args
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), args, shardings
             )
             try:
-                jax.jit(f).lower(*args).compile()
+                with jax.set_mesh(mesh) if specs else contextlib.nullcontext():
+                    jax.jit(f).lower(*args).compile()
             except Exception as error:  # whatever the compiler says is the answer
                 failed[f"{generation} {name}"] = f"{type(error).__name__}: {error}"[:2000]
     print(json.dumps(failed))
