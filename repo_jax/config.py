@@ -17,6 +17,7 @@ from repo_jax.errors import ConfigError
 PositionKind = Literal["rope", "nope", "repo"]
 Preset = Literal["rope", "nope", "r2n1", "n2r1", "repo"]
 RematPolicy = Literal["none", "full", "attention", "dots"]
+AttentionName = Literal["xla", "pallas_tpu", "pallas_gpu", "cudnn", "reference"]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -166,7 +167,7 @@ class DecoderConfig:
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
     remat: RematPolicy = "none"
-    attention: str | None = None
+    attention: AttentionName | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "eos_ids", tuple(self.eos_ids))

@@ -104,6 +104,14 @@ OPTIONS = [
         ["--model.n_heads", "3"],
         "model.n_heads is 3; it must divide model.d_model (32) unless model.head_dim is given",
     ),
+    (
+        ["--model.attention", "pallas_tpu"],
+        "model.attention is pallas_tpu, which needs a TPU; JAX runs on cpu here; leave it out",
+    ),
+    (
+        ["--model.attention", "flash"],
+        "model.attention is flash; it must be one of 'xla', 'pallas_tpu', 'pallas_gpu', 'cudnn', ",
+    ),
     (["--model.n_kv_heads", "3"], "model.n_kv_heads is 3; it must divide model.n_heads (2)"),
     (
         ["--training.accumulation", "3"],

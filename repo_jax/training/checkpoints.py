@@ -1,5 +1,6 @@
 """Checkpoints of a run, by Orbax: written in the background, kept by age and by loss."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Self
 
@@ -174,7 +175,8 @@ def load_run(run_dir: str | Path, step: int | str = "latest") -> tuple[RePoLM, d
       ConfigError: no run, or no such checkpoint.
     """
     run_dir = Path(run_dir)
-    model = RePoLM(read_config(run_dir).model)
+    # What runs attention is chosen anew: this may be another machine.
+    model = RePoLM(dataclasses.replace(read_config(run_dir).model, attention=None))
     with Checkpoints(run_dir) as checkpoints:
         params = checkpoints.restore_params(abstract_params(model), checkpoints.find(step))
     return model, params

@@ -63,6 +63,7 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
     """
     run_dir = Path(run_dir)
     require_loggers(config.training)
+    _check_attention(config.model.attention)
     run_directory.check(run_dir, config)
     newest = newest_step(run_dir)
     if newest is None:
@@ -91,6 +92,16 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
             state = _restore(checkpoints, optimizer, abstract, config, data)
         run = _Run(config, run_dir, model, data, checkpoints)
         return run.go(step, state, batches)
+
+
+def _check_attention(name: str | None) -> None:
+    needed = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}.get(name)
+    here = jax.default_backend()
+    if needed is not None and needed != here:
+        raise ConfigError(
+            f"model.attention is {name}, which needs a {needed.upper()}; JAX runs on {here} here; "
+            "leave it out to take what fits"
+        )
 
 
 def _first_params(config: TrainConfig, model: RePoLM):

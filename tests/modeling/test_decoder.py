@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import get_args
 
 import flax.linen as nn
 import jax
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.attention.api import IMPLEMENTATIONS
 from repo_jax import DecoderBlock, DecoderConfig, PositionConfig, RePoLM, capture_positions
-from repo_jax.config import PRESETS, decoder_config
+from repo_jax.config import PRESETS, AttentionName, decoder_config
 from repo_jax.training.checkpoints import abstract_params
 
 PRESET_NAMES = ("rope", "nope", "r2n1", "n2r1", "repo")
@@ -250,6 +252,10 @@ def test_new_weights_are_truncated_normal():
     assert not np.array_equal(kernel[0], kernel[1])
 
 
+def test_the_config_knows_the_implementations_of_attention():
+    assert set(get_args(AttentionName)) == set(IMPLEMENTATIONS)
+
+
 def test_activations_carry_logical_constraints():
     """For `jax.sharding` to place them; a mesh and rules make them real constraints."""
     model, params = made(config())
@@ -258,4 +264,5 @@ def test_activations_carry_logical_constraints():
     run = lambda p: model.apply({"params": p}, TOKENS).logits
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         text = str(jax.make_jaxpr(run)(params))
-    assert text.count("sharding_constraint") >= 5 + 2
+    # The embedding, and in the one body q, k, v, gate, up and the output.
+    assert text.count("sharding_constraint") == 1 + 6
