@@ -18,6 +18,7 @@ _HOME = {
     "capture_positions": "repo_jax.modeling",
     "from_pretrained": "repo_jax.interop",
     "generate": "repo_jax.inference",
+    "init_params": "repo_jax.modeling",
     "load_run": "repo_jax.training.checkpoints",
     "save_pretrained": "repo_jax.interop",
 }

@@ -7,7 +7,13 @@ MLP; `rope.py` says how fast each pair of channels turns.
 """
 
 from repo_jax.modeling.block import DecoderBlock
-from repo_jax.modeling.decoder import DecoderOutput, RePoLM, capture_positions
+from repo_jax.modeling.decoder import (
+    DecoderOutput,
+    RePoLM,
+    abstract_params,
+    capture_positions,
+    init_params,
+)
 from repo_jax.modeling.repositioning import ContextRePositioning
 
 __all__ = [
@@ -15,5 +21,7 @@ __all__ = [
     "DecoderBlock",
     "DecoderOutput",
     "RePoLM",
+    "abstract_params",
     "capture_positions",
+    "init_params",
 ]

@@ -1,32 +1,30 @@
 """The attention of one block."""
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import Partition, rotary_attention, rotate
 from pallas_kernels.attention.api import rotation_for
 from repo_jax.config import DecoderConfig
 from repo_jax.modeling.layers import RMSNorm, linear
 from repo_jax.modeling.rope import rotary_frequencies
+from repo_jax.sharding import parts, split_axes
 
 
-def _partition(batch_size: int) -> Partition | None:
-    """How mesh and logical axis rules in context split batch and heads; None where they do not.
+def _partition(batch_size: int, length: int) -> Partition | None:
+    """How mesh and logical axis rules in context split batch, heads and tokens, if they do.
 
-    A batch that the mesh does not divide, like the one row that a model is initialised with,
-    is not split.
+    What the mesh does not divide, like the one row that a model is initialised with, is whole.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return None
-    batch, heads = nn.logical_to_mesh_axes(("batch", "heads"))
-    axes = (batch,) if isinstance(batch, str) else batch or ()
-    if batch_size % math.prod(mesh.shape[axis] for axis in axes):
-        batch = None
-    return Partition(batch, heads) if batch or heads else None
+
+    def axes(name, size):
+        found = split_axes(name)
+        return found if found and size % parts(found) == 0 else None
+
+    batch, tokens, heads = axes("batch", batch_size), axes("length", length), split_axes("heads")
+    return Partition(batch, heads or None, tokens) if batch or tokens or heads else None
 
 
 class Attention(nn.Module):
@@ -44,11 +42,13 @@ class Attention(nn.Module):
         positions_BTP: jax.Array | None,
         segment_ids: jax.Array | None = None,
         rotates: jax.Array | bool = True,
+        index: np.ndarray | jax.Array | None = None,
     ) -> jax.Array:
         """x [B, T, D] -> [B, T, D].
 
         positions: float32 [B, T, P], P = 1, K or N, or None for no rotation.
         rotates: False, a bool scalar: positions are zeros and stand for no rotation.
+        index: as in `RePoLM.hidden`.
         """
         c = self.config
         heads = lambda n, name, axis: linear(c, (n, c.head_dim), ("embed", axis, None), name=name)
@@ -65,7 +65,7 @@ class Attention(nn.Module):
         if rotates is not True and rope_scale != 1.0:
             rope_scale = jnp.where(rotates, rope_scale, 1.0)
         kernel = dict(
-            inv_freq=inv_freq, rope_scale=rope_scale, partition=_partition(x_BTD.shape[0])
+            inv_freq=inv_freq, rope_scale=rope_scale, partition=_partition(*x_BTD.shape[:2])
         )
         # Norm and rotation are one pass over q and k, and attention gets them rotated; but a
         # key with a position for each of its query heads is turned by attention, once for each.
@@ -83,6 +83,8 @@ class Attention(nn.Module):
             *(q_BTNH, k_BTKH, v_BTKH, later, later),
             q_segment_ids=segment_ids,
             kv_segment_ids=segment_ids,
+            q_index=index,
+            kv_index=index,
             implementation=c.attention,
             **kernel,
         )

@@ -5,6 +5,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from repo_jax.config import DecoderConfig, PositionKind
 from repo_jax.modeling.attention import Attention
@@ -27,17 +28,19 @@ def repositioning(config: DecoderConfig, **options) -> ContextRePositioning:
     )
 
 
-def layer_positions(kind: PositionKind, x_BTD: jax.Array, index_weight, f_phi) -> jax.Array | None:
+def layer_positions(
+    kind: PositionKind, x_BTD: jax.Array, index_weight, f_phi, index=None
+) -> jax.Array | None:
     """The positions of a layer of this kind: float32 [B, T, P], or None for no rotation.
 
     index_weight: w of (1 - w) z + w index where `kind` is `repo`.
     f_phi: x_BTD -> z, called for `repo` only.
+    index: as in `RePoLM.hidden`.
     """
     if kind == "nope":
         return None
-    index_BT1 = jnp.broadcast_to(
-        jnp.arange(x_BTD.shape[1], dtype=jnp.float32)[None, :, None], (*x_BTD.shape[:2], 1)
-    )
+    index_BT = jnp.atleast_2d(jnp.arange(x_BTD.shape[1]) if index is None else index)
+    index_BT1 = jnp.broadcast_to(index_BT.astype(jnp.float32)[:, :, None], (*x_BTD.shape[:2], 1))
     if kind == "rope":
         return index_BT1
     z_BTP = f_phi(x_BTD)
@@ -68,6 +71,7 @@ class DecoderBlock(nn.Module):
         index_weight: float | jax.Array = 0.0,
         positions: jax.Array | None = None,
         rotates: jax.Array | bool = True,
+        index: np.ndarray | jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Runs the layer.
 
@@ -78,6 +82,7 @@ class DecoderBlock(nn.Module):
           positions: float32 [B, T, P], P = 1, K or N, for the kind `given`.
           rotates: False where the given positions are the zeros of a layer without any, which
             YaRN does not scale either.
+          index: as in `RePoLM.hidden`.
 
         Returns:
           The new x, and the positions used: float32 [B, T, P], None for `nope`.
@@ -85,8 +90,8 @@ class DecoderBlock(nn.Module):
         c = self.config
         if self.kind != "given":
             f_phi = lambda x: repositioning(c, name="repositioning")(x)
-            positions = layer_positions(self.kind, x_BTD, index_weight, f_phi)
-        attended = Attention(c, name="attention")(x_BTD, positions, segment_ids, rotates)
-        x_BTD = x_BTD + RMSNorm(c, ("embed",), name="attention_norm")(attended)
-        x_BTD = x_BTD + RMSNorm(c, ("embed",), name="mlp_norm")(MLP(c, name="mlp")(x_BTD))
-        return nn.with_logical_constraint(x_BTD, ("batch", "length", "embed")), positions
+            positions = layer_positions(self.kind, x_BTD, index_weight, f_phi, index)
+        attended = Attention(c, name="attention")(x_BTD, positions, segment_ids, rotates, index)
+        x_BTD = x_BTD + RMSNorm(c, ("norm",), name="attention_norm")(attended)
+        x_BTD = x_BTD + RMSNorm(c, ("norm",), name="mlp_norm")(MLP(c, name="mlp")(x_BTD))
+        return nn.with_logical_constraint(x_BTD, ("batch", "length", None)), positions

@@ -11,7 +11,7 @@ from flax.core import meta
 
 from repo_jax.config import DecoderConfig
 from repo_jax.modeling.block import DecoderBlock, layer_positions, repositioning
-from repo_jax.modeling.layers import RMSNorm, init_weights, linear
+from repo_jax.modeling.layers import RMSNorm, init_weights, linear, look_up
 
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -66,12 +66,11 @@ class RePoLM(nn.Module):
         self.embedding = nn.Embed(
             c.vocab_size,
             c.d_model,
-            dtype=c.dtype,
             param_dtype=c.param_dtype,
             embedding_init=init_weights(c.init_std, ("vocab", "embed")),
         )
         self.layers = self.param("layers", functools.partial(_init_layers, config=c))
-        self.final_norm = RMSNorm(c, ("embed",))
+        self.final_norm = RMSNorm(c, ("norm",))
         self.head = linear(c, (c.vocab_size,), ("embed", "vocab"), out_dtype=jnp.float32)
 
     def __call__(
@@ -98,9 +97,14 @@ class RePoLM(nn.Module):
         """The head: what `hidden` returns, [B, T, D], to float32 [B, T, V]."""
         return self.head(hidden_BTD)
 
-    def hidden(self, tokens_BT, segment_ids=None, index_weight=0.0) -> jax.Array:
-        """The input of the head, [B, T, D] in the activation dtype."""
-        x_BTD, _ = self._walk(tokens_BT, segment_ids, index_weight, keep_positions=False)
+    def hidden(self, tokens_BT, segment_ids=None, index_weight=0.0, index=None) -> jax.Array:
+        """The input of the head, [B, T, D] in the activation dtype.
+
+        index: int32 [B, T], which token of its sequence each one is, where they do not lie in
+          order. If all rows lie alike, a numpy array [T] lets attention skip what it may skip.
+          None: in order.
+        """
+        x_BTD, _ = self._walk(tokens_BT, segment_ids, index_weight, index, keep_positions=False)
         return self.final_norm(x_BTD)
 
     def positions(self, tokens_BT, segment_ids=None, index_weight=0.0) -> jax.Array:
@@ -108,11 +112,11 @@ class RePoLM(nn.Module):
         _, positions = self._walk(tokens_BT, segment_ids, index_weight, keep_positions=True)
         return positions
 
-    def _walk(self, tokens_BT, segment_ids, index_weight, *, keep_positions: bool):
+    def _walk(self, tokens_BT, segment_ids, index_weight, index=None, *, keep_positions: bool):
         """Embeds, then scans the layers: one compiled body, whatever depth and preset."""
         c = self.config
-        x_BTD = self.embedding(tokens_BT)
-        x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "embed"))
+        x_BTD = look_up(self.embedding.embedding, tokens_BT, c.dtype)
+        x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", None))
         layers = dict(self.layers)
         # f_phi's parameters on the axis of all layers, zeros where a layer has none: a copy of
         # the smallest ones, where a scan for each kind would have to cut up all.
@@ -128,14 +132,14 @@ class RePoLM(nn.Module):
         def layer(x_BTD, layer):
             params, f_phi, which = layer
             if len(kinds) > 1:
-                positions = self._positions(kinds, which, f_phi, x_BTD, index_weight)
+                positions = self._positions(kinds, which, f_phi, x_BTD, index_weight, index)
                 given = (positions, which != kinds.index("nope") if "nope" in kinds else True)
             else:
-                given = ()
+                given = (None, True)
                 params = params | ({"repositioning": f_phi} if f_phi else {})
-            block = DecoderBlock(c, "given" if given else kinds[0], parent=None)
+            block = DecoderBlock(c, "given" if len(kinds) > 1 else kinds[0], parent=None)
             x_BTD, positions = block.apply(
-                {"params": params}, x_BTD, segment_ids, index_weight, *given
+                {"params": params}, x_BTD, segment_ids, index_weight, *given, index
             )
             return x_BTD, positions if keep_positions else None
 
@@ -151,7 +155,7 @@ class RePoLM(nn.Module):
         positions = jnp.repeat(positions, c.n_heads // positions.shape[-1], -1)
         return x_BTD, positions.transpose(1, 0, 3, 2)
 
-    def _positions(self, kinds, which, f_phi, x_BTD, index_weight):
+    def _positions(self, kinds, which, f_phi, x_BTD, index_weight, index):
         """The positions of a layer whose kind is kinds[which], decided at run time.
 
         A layer without any gets zeros: rotation by zero is the identity.
@@ -161,12 +165,34 @@ class RePoLM(nn.Module):
         z = lambda f_phi: lambda x: repositioning(c, parent=None).apply({"params": f_phi}, x)
 
         def positions(kind, f_phi, x_BTD):
-            found = layer_positions(kind, x_BTD, index_weight, z(f_phi))
+            found = layer_positions(kind, x_BTD, index_weight, z(f_phi), index)
             found = jnp.zeros((*x_BTD.shape[:2], 1)) if found is None else found
             return jnp.broadcast_to(found, (*x_BTD.shape[:2], columns))
 
         branches = [functools.partial(positions, kind) for kind in kinds]
         return jax.lax.switch(which, branches, f_phi, x_BTD)
+
+
+def abstract_params(model: RePoLM):
+    """Shapes and dtypes of the plain parameter tree, as `jax.ShapeDtypeStruct`; makes none."""
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
+
+
+def init_params(model: RePoLM, rng: jax.Array, shardings=None):
+    """New weights: a plain tree of arrays, the same on any number of devices.
+
+    Args:
+      model: whose config says widths and dtypes.
+      rng: a `jax.random.key`.
+      shardings: where they go, as `sharding.param_shardings` says; each device then draws its
+        own part. None: the default device.
+    """
+
+    def init(rng):
+        return nn.unbox(model.init(rng, jnp.zeros((1, 2), jnp.int32))["params"])
+
+    return jax.jit(init, out_shardings=shardings)(rng)
 
 
 def capture_positions(

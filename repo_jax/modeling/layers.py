@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from repo_jax.config import DecoderConfig
+from repo_jax.sharding import TokenSplit, parts, split_axes
 
 
 def init_weights(std: float, axes: tuple[str | None, ...] | None):
@@ -46,12 +47,15 @@ def _contract_bwd(n, out_dtype, precision, residuals, dy):
     outputs = (tuple(range(len(batch), dy.ndim)), tuple(range(n, kernel.ndim)))
     dims = (outputs, ((), ()))
     dx = jax.lax.dot_general(dy, kernel.astype(x.dtype), dims, precision=precision)
-    # As matrices: with one contracted axis the product takes x as it lies, with two XLA's
-    # CPU compiler copies it transposed first.
-    rows = math.prod(x.shape[: len(batch)])
-    flat = lambda a: a.reshape(rows, -1)
+    xs, dys, rows = x, dy, batch
+    if not split_axes("length"):
+        # As matrices: with one contracted axis the product takes x as it lies, with two XLA's
+        # CPU compiler copies it transposed first. (Two axes that are both split over devices
+        # do not make one.)
+        rows = (0,)
+        xs, dys = (a.reshape(math.prod(x.shape[: len(batch)]), -1) for a in (x, dy))
     d_kernel = jax.lax.dot_general(
-        *(flat(x), flat(dy), (((0,), (0,)), ((), ()))),
+        *(xs, dys, ((rows, rows), ((), ()))),
         precision=precision,
         preferred_element_type=kernel.dtype,
     )
@@ -102,6 +106,50 @@ def linear(config: DecoderConfig, features: tuple[int, ...], axes, **options) ->
     """A `Linear` with the config's init and dtypes."""
     dtypes = dict(dtype=config.dtype, param_dtype=config.param_dtype)
     return Linear(features, axes, init_std=config.init_std, **dtypes, **options)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table_VD, tokens_BT, dtype):
+    """Rows of the table: [B, T, D] in `dtype`.
+
+    Devices exchange the cast table. Its gradient is added up in the table's own dtype: in
+    bfloat16 the sum over a frequent token would stop growing.
+    """
+    split = TokenSplit.of(*tokens_BT.shape)
+
+    def local(table_VD, tokens_BT):
+        table_VD = split.whole(table_VD.astype(dtype), axis=1)
+        if not split.vocab:
+            return (jnp.take(table_VD, tokens_BT, axis=0),)
+        at = tokens_BT - jax.lax.axis_index(split.vocab) * table_VD.shape[0]
+        inside = (at >= 0) & (at < table_VD.shape[0])
+        x_BTD = jnp.where(inside[:, :, None], table_VD[jnp.where(inside, at, 0)], 0)
+        return (split.sum(x_BTD, split.vocab),)
+
+    return split.apply(local, ("Vd", "BT"), ("BTD",))(table_VD, tokens_BT)[0]
+
+
+def _look_up_bwd(dtype, residuals, dx_BTD):
+    del dtype
+    tokens_BT, table_VD = residuals
+    split = TokenSplit.of(*tokens_BT.shape)
+    rows = table_VD.shape[0] // parts(split.vocab)
+
+    def local(tokens_BT, dx_BTD):
+        at = tokens_BT - (jax.lax.axis_index(split.vocab) * rows if split.vocab else 0)
+        at = jnp.where(at >= 0, at, rows)  # beyond the end, where updates are dropped
+        zeros = jnp.zeros((rows, dx_BTD.shape[2]), table_VD.dtype)
+        table = zeros.at[at].add(dx_BTD.astype(zeros.dtype), mode="drop")
+        return (split.sum_tokens(table, axis=1),)
+
+    return split.apply(local, ("BT", "BTD"), ("Vd",))(tokens_BT, dx_BTD)[0], None
+
+
+def _look_up_fwd(table_VD, tokens_BT, dtype):
+    return look_up(table_VD, tokens_BT, dtype), (tokens_BT, table_VD)
+
+
+look_up.defvjp(_look_up_fwd, _look_up_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

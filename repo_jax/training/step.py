@@ -1,6 +1,5 @@
 """The state of training and one step of it, both pure. Needs only jax, flax and optax."""
 
-import functools
 from collections.abc import Callable
 
 import flax.struct
@@ -10,6 +9,7 @@ import optax
 
 from repo_jax.config import OptimizerConfig, TrainingConfig
 from repo_jax.modeling import RePoLM
+from repo_jax.sharding import token_order
 from repo_jax.training.loss import cross_entropy, next_token_targets
 from repo_jax.training.optimizer import (
     freeze,
@@ -52,22 +52,49 @@ def create_state(params, optimizer: optax.GradientTransformation, seed: int) -> 
 def batch_loss(model: RePoLM, params, batch: Batch, *, n_targets, z_loss: float, chunk: int):
     """Cross-entropy and z-loss of a batch, each the sum over its targets / `n_targets`."""
     segment_ids = batch.get("segment_ids")
-    hidden = model.apply({"params": params}, batch["tokens"], segment_ids, method="hidden")
-    targets, valid = next_token_targets(batch["tokens"], segment_ids)
-    weights = valid * (1.0 / n_targets)
-    return cross_entropy(
-        hidden, params["head"]["kernel"], targets, weights, z_loss=z_loss, chunk=chunk
-    )
+    targets, valid = _targets(batch)
+    tokens, weights = batch["tokens"], valid * (1.0 / n_targets)
+    order = token_order(tokens.shape[1])
+    if order is not None:
+        # Sequences are split over devices, each of which gets as much to attend to.
+        given = (tokens, segment_ids, targets, weights)
+        tokens, segment_ids, targets, weights = jax.tree.map(lambda x: x[:, order], given)
+    hidden = model.apply({"params": params}, tokens, segment_ids, index=order, method="hidden")
+    kernel = params["head"]["kernel"]
+    return cross_entropy(hidden, kernel, targets, weights, z_loss=z_loss, chunk=chunk)
+
+
+def _targets(batch: Batch):
+    targets, valid = next_token_targets(batch["tokens"], batch.get("segment_ids"))
+    if "valid" in batch:
+        valid &= batch["valid"][:, None]
+    return targets, valid
 
 
 def count_targets(batch: Batch) -> jax.Array:
     """Valid targets of a batch, float32 so that the sum over a pod cannot overflow."""
-    _, valid = next_token_targets(batch["tokens"], batch.get("segment_ids"))
-    return valid.sum(dtype=jnp.float32)
+    return _targets(batch)[1].sum(dtype=jnp.float32)
+
+
+def batch_hash(tokens_BT: jax.Array) -> jax.Array:
+    """uint32 hash of a batch: the same wherever its rows are, another if a token changes place."""
+    B, T = tokens_BT.shape
+    at = jnp.arange(B * T, dtype=jnp.uint32).reshape(B, T)
+    x = (tokens_BT.astype(jnp.uint32) + 1) * (2 * at + 1)
+    # The mixing of 32 bits in MurmurHash3; sums of integers have no order.
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return (x ^ (x >> 16)).sum(dtype=jnp.uint32)
 
 
 def make_train_step(
-    model: RePoLM, optimizer_config: OptimizerConfig, training: TrainingConfig, params
+    model: RePoLM,
+    optimizer_config: OptimizerConfig,
+    training: TrainingConfig,
+    params,
+    *,
+    n_sources: int = 0,
+    place_grads: Callable = lambda grads: grads,
 ) -> tuple[optax.GradientTransformation, Callable]:
     """The optimizer, and `step(state, batch) -> state, metrics`, to be jitted by the caller.
 
@@ -75,12 +102,17 @@ def make_train_step(
       model: whose `config` decides precision and remat.
       optimizer_config, training: options.
       params: the tree, for its structure only; abstract arrays will do.
+      n_sources: of the data; 0: they are not told apart.
+      place_grads: constrains where the gradients of a microbatch go.
 
     Returns:
-      The step's batch is `tokens` int32 [B, T] and optionally `segment_ids`; it is cut into
+      The step's batch is `tokens` int32 [B, T] and optionally `segment_ids`, likewise, `valid`
+      bool [B], False for rows that do not count, and `source` int32 [B]. It is cut into
       `training.accumulation` microbatches whose gradients are summed, every target having
       the weight 1 / (targets in the whole batch). Metrics are float32 scalars: loss,
-      ce_loss, z_loss, grad_norm (before clipping), learning_rate, targets.
+      ce_loss, z_loss, grad_norm (before clipping), param_norm (before the update),
+      update_norm, learning_rate, targets; uint32 batch_hash; with sources,
+      ce_loss_by_source [n_sources], NaN where there is no target.
     """
     optimizer = make_optimizer(optimizer_config, training, params)
     factors = rate_factors(optimizer_config, params)
@@ -93,12 +125,21 @@ def make_train_step(
             z_loss=training.z_loss,
             chunk=training.loss_chunk,
         )
-        return sums.loss, sums
+        aux = {"ce_loss": sums.ce, "z_loss": sums.z}
+        if n_sources:
+            aux["ce_loss_by_source"] = by_source(sums.ce_B, batch)
+        return sums.loss, aux
+
+    def by_source(values_B, batch):
+        return jnp.zeros(n_sources).at[batch["source"]].add(values_B)
 
     def gradients(params, batch):
-        grad = functools.partial(
-            jax.grad(loss, has_aux=True), params, n_targets=jnp.maximum(count_targets(batch), 1.0)
-        )
+        n_targets = jnp.maximum(count_targets(batch), 1.0)
+
+        def grad(batch):
+            grads, aux = jax.grad(loss, has_aux=True)(params, batch, n_targets)
+            return place_grads(grads), aux
+
         n = training.accumulation
         if n == 1:
             return grad(batch)
@@ -116,14 +157,22 @@ def make_train_step(
     def step(state: TrainState, batch: Batch):
         grads, sums = gradients(state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        targets = count_targets(batch)
         metrics = {
-            "loss": sums.ce + sums.z,
-            "ce_loss": sums.ce,
-            "z_loss": sums.z,
+            "loss": sums["ce_loss"] + sums["z_loss"],
+            "ce_loss": sums["ce_loss"],
+            "z_loss": sums["z_loss"],
             "grad_norm": global_norm(grads),
+            "param_norm": global_norm(state.params),
+            "update_norm": global_norm(updates),
             "learning_rate": schedule(state.step),
-            "targets": count_targets(batch),
+            "targets": targets,
+            "batch_hash": batch_hash(batch["tokens"]),
         }
+        if n_sources:
+            # From a share of all targets' mean to the mean over the source's own.
+            share = by_source(_targets(batch)[1].sum(1), batch) / targets
+            metrics["ce_loss_by_source"] = sums["ce_loss_by_source"] / share
         state = state.replace(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
