@@ -1,4 +1,4 @@
-"""Running a kernel on every device's part of batch and heads."""
+"""Running a kernel on every device's part of batch, heads and tokens."""
 
 import dataclasses
 import math
@@ -13,23 +13,26 @@ MeshAxes = str | tuple[str, ...] | None
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """Over which mesh axes batch and heads are split.
+    """Over which mesh axes batch, heads and tokens are split.
 
     Attributes:
       batch: mesh axis, or axes, of the batch; None: every device has all of it.
       heads: of query heads and of key/value heads alike.
+      length: of the tokens of queries and of keys alike. Attention gathers the keys.
     """
 
     batch: MeshAxes = None
     heads: MeshAxes = None
+    length: MeshAxes = None
 
     def spec(self, axes: str, shape: Sequence[int] | None = None) -> PartitionSpec:
         """The partition of an array whose axes are told by letter.
 
         B is split like the batch, N and K like the heads; P, of position columns, too, if
-        there is more than one; anything else is not split.
+        there is more than one; T and S like the length; anything else is not split.
         """
         of = {"B": self.batch, "N": self.heads, "K": self.heads, "P": self.heads}
+        of |= {"T": self.length, "S": self.length}
         one = lambda i: axes[i] == "P" and shape is not None and shape[i] == 1
         return PartitionSpec(*(None if one(i) else of.get(a) for i, a in enumerate(axes)))
 

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 NEVER = jnp.iinfo(jnp.int32).max  # the index of a key that nothing sees
 NOTHING = jnp.iinfo(jnp.int32).min  # the limit of a query that sees nothing
@@ -78,6 +79,17 @@ def pad(mask: Mask, T: int, S: int) -> Mask:
         name: jnp.pad(x, ((0, 0), (0, fill[name][0] - x.shape[1])), constant_values=fill[name][1])
         for name, x in mask.items()
     }
+
+
+def stretches(index: np.ndarray) -> tuple[list[int], list[int]]:
+    """How to put keys with this index [S] in ascending order by moving as few pieces as may be.
+
+    Returns:
+      The sizes of the pieces, as the keys lie, and the pieces' numbers in ascending order.
+    """
+    rank = np.argsort(np.argsort(index, kind="stable"))
+    starts = np.flatnonzero(np.diff(rank, prepend=-2) != 1)
+    return np.diff(starts, append=len(rank)).tolist(), np.argsort(rank[starts]).tolist()
 
 
 def block_plan(mask: Mask, q_block: int, k_block: int) -> tuple[jax.Array, jax.Array]:

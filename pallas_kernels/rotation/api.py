@@ -147,8 +147,8 @@ def rotate(
         over the axis). Their gradient carries the norm's backward pass to the other parts.
         None: computed here, from the heads here.
       implementation: a name of `IMPLEMENTATIONS`; None: the first of `automatic()` that can.
-      partition: how batch and heads are split over the mesh in context; each device then
-        runs the implementation on its part, and norms are summed over the heads' axes.
+      partition: how batch, heads and tokens are split over the mesh in context; each device
+        then runs the implementation on its part, and norms are summed over the heads' axes.
         None: not split, or split by XLA's partitioner, which knows `xla` only.
 
     Returns:
@@ -207,7 +207,7 @@ def _local(
     implementation: str | None,
     partition: Partition | None,
 ):
-    """`rotate` on the heads and rows that one device has."""
+    """`rotate` on the heads, rows and tokens that one device has."""
     inputs = {
         "q": (q, q_norm, q_mean_square, positions_q),
         "k": (k, k_norm, k_mean_square, positions_k),
