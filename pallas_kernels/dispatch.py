@@ -17,9 +17,23 @@ _said: set[tuple[str, str]] = set()
 _TPU_KINDS = {"TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e"}
 
 
+def target() -> tuple[str, str]:
+    """What is traced for: platform (`cpu`, `gpu`, `tpu`) and kind of device.
+
+    Those of the mesh in context, which may be of devices that are not there; else the default
+    device's.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    if device is None:
+        return jax.default_backend(), jax.devices()[0].device_kind
+    return {"cuda": "gpu"}.get(device.platform, device.platform), device.device_kind
+
+
 def on_known_tpu() -> bool:
-    """Whether the default device is a TPU that our kernels were compiled for."""
-    return jax.default_backend() == "tpu" and jax.devices()[0].device_kind in _TPU_KINDS
+    """Whether what is traced for is a TPU that our kernels were compiled for."""
+    platform, kind = target()
+    return platform == "tpu" and kind in _TPU_KINDS
 
 
 def check_name(name: str | None, implementations: Mapping[str, object]) -> None:

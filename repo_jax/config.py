@@ -232,10 +232,33 @@ def decoder_config(preset: str, **changes: Any) -> DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture.
+
+    Give `text` or `tokens`, not both.
+
+    Attributes:
+      text, tokens: as in the data section.
+      weight: of its windows among all, in any unit: weights need not sum to 1. None, for all
+        sources alike: the number of its windows.
+    """
+
+    text: tuple[str, ...] | str = ()
+    tokens: tuple[str, ...] | str = ()
+    weight: float | None = None
+
+    def __post_init__(self):
+        for name in ("text", "tokens"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where tokens come from and how they become batches.
 
-    Give `text` (tokenised once, on first use) or `tokens` (token files), not both.
+    Give one of `text` (tokenised once, on first use), `tokens` (token files) and `sources`
+    (several of these, mixed).
 
     Attributes:
       text: files, folders or globs: plain text, or JSON lines (also .gz, .zst). The name
@@ -246,7 +269,10 @@ class DataConfig:
         tokenizer.json or a folder that has one.
       cache_dir: where tokenised text is kept, one folder per corpus and tokenizer.
       tokens: headerless token files (OLMo's `.npy` or ours), globs of them, or folders
-        written by `python -m repo_jax.tokenize`.
+        written by `python -m repo_jax.tokenize`; files and globs may be in an object store,
+        as gs://bucket/path (extra `gcs`) or s3://bucket/path (extra `s3`).
+      sources: by name, what is mixed in the proportions of the weights, the same at every
+        moment of the run; a source that is too small for its share is repeated.
       tokens_dtype: of token files; `auto`: what their manifest says, else uint32.
       validation_tokens: token files to validate on, else `validation_fraction` is held out.
       validation_fraction: of documents (text) or of windows (token files) held out.
@@ -256,6 +282,9 @@ class DataConfig:
       batch_size: windows in a step, over all devices and accumulation steps.
       document_mask: attention stays within a document, and the target across a boundary
         does not count. False is the paper's recipe.
+      repetition_filter: a window in which up to 13 tokens stand so many times or more in a
+        row, one copy after the other, has no loss and keeps its place; 32 is the paper's
+        recipe. None: all windows count.
       seed: of the order of windows, which depends on it and the step alone.
       prefetch: batches read ahead.
     """
@@ -266,6 +295,7 @@ class DataConfig:
     tokenizer: str = "bytes"
     cache_dir: str = "data"
     tokens: tuple[str, ...] | str = ()
+    sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)
     tokens_dtype: Literal["auto", "uint16", "uint32"] = "auto"
     validation_tokens: tuple[str, ...] | str = ()
     validation_fraction: float = 0.02
@@ -273,6 +303,7 @@ class DataConfig:
     sequence_length: int = 4096
     batch_size: int = 512
     document_mask: bool = False
+    repetition_filter: int | None = None
     seed: int = 0
     prefetch: int = 2
 
@@ -287,8 +318,12 @@ class DataConfig:
         )
         _fraction(self, "data", "validation_fraction")
         _require(self.seed >= 0, f"data.seed is {self.seed}; it must not be negative")
+        given = [f"data.{name}" for name in ("text", "tokens", "sources") if getattr(self, name)]
+        _require(len(given) < 2, f"{' and '.join(given)} are given; give one of them")
         _require(
-            not (self.text and self.tokens), "data.text and data.tokens are both given; give one"
+            self.repetition_filter is None or self.repetition_filter > 1,
+            f"data.repetition_filter is {self.repetition_filter}; it must be at least 2, "
+            "or null for no filter",
         )
         if self.tokenizer.startswith("bpe:"):
             size = self.tokenizer[4:]
@@ -297,13 +332,40 @@ class DataConfig:
                 f"data.tokenizer is {self.tokenizer!r}; bpe:N needs a whole N of at least 257 "
                 "(256 bytes and eos)",
             )
+        self._check_sources()
+
+    def _check_sources(self):
+        weighted = [name for name, source in self.sources.items() if source.weight is not None]
+        for name, source in self.sources.items():
+            _require(
+                bool(source.text) != bool(source.tokens),
+                f"data.sources.{name} must have one of text and tokens",
+            )
+            _require(
+                source.weight is None or 0 < source.weight < math.inf,
+                f"data.sources.{name}.weight is {source.weight}; it must be positive",
+            )
+            _require(
+                not weighted or source.weight is not None,
+                f"data.sources.{name} has no weight and data.sources.{(weighted or [''])[0]} has "
+                "one; give all sources a weight, or none",
+            )
+            _require(
+                not (source.text and self.tokenizer.startswith("bpe:")),
+                f"data.sources.{name} is text and data.tokenizer is {self.tokenizer}, which would "
+                "be trained for each source anew; name a tokenizer.json or bytes",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW as in the paper's recipe (section 3 there).
+    """AdamW as in the paper's recipe (section 3 there), or what needs less memory.
 
     Attributes:
+      name: `adamw`, with two moments the size of the parameters; or `adafactor` (arXiv
+        1804.04235), without a first moment and with the second one factored into rows and
+        columns: next to no memory, and not the paper's mathematics.
+      mu_dtype: of AdamW's first moment; None: the parameters'.
       learning_rate: the peak.
       schedule: after warm-up, `linear` or `cosine` to `final_fraction` of the peak at the
         last step of the schedule, or `constant`.
@@ -317,6 +379,8 @@ class OptimizerConfig:
         matches the whole path counts; 0 freezes.
     """
 
+    name: Literal["adamw", "adafactor"] = "adamw"
+    mu_dtype: Dtype | None = None
     learning_rate: float = 7.4487e-5
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int = 0
@@ -361,8 +425,14 @@ class TrainingConfig:
       log_every: steps between lines of metrics.jsonl.
       checkpoint_every: steps between checkpoints; None: only at the end.
       keep_last: newest checkpoints kept; the best by validation loss is kept besides.
+      checkpoint_dir: where checkpoints go, a folder or gs:// or s3:// (extras `gcs`, `s3`);
+        None: into the run directory.
       loss_chunk: positions whose logits exist at a time.
       progress: a bar where standard error is a terminal, else a line now and then.
+      position_stats_every: steps between lines that also have the range and the spread of z in
+        each RePo layer; None: never.
+      profile_steps: first and last step that XLA's profiler traces into the run directory;
+        None: none.
       tensorboard: also write TensorBoard events (extra `loggers`).
       wandb_project: also log to this Weights & Biases project (extra `loggers`).
     """
@@ -377,8 +447,11 @@ class TrainingConfig:
     log_every: int = 1
     checkpoint_every: int | None = 1000
     keep_last: int = 2
+    checkpoint_dir: str | None = None
     loss_chunk: int = 1024
     progress: bool = True
+    position_stats_every: int | None = 100
+    profile_steps: tuple[int, int] | None = None
     tensorboard: bool = False
     wandb_project: str | None = None
 
@@ -387,9 +460,53 @@ class TrainingConfig:
             self,
             "training",
             *("steps", "schedule_steps", "accumulation", "validate_every", "validation_windows"),
-            *("log_every", "checkpoint_every", "keep_last", "loss_chunk"),
+            *("log_every", "checkpoint_every", "keep_last", "loss_chunk", "position_stats_every"),
         )
+        if self.profile_steps is not None:
+            object.__setattr__(self, "profile_steps", tuple(self.profile_steps))
+            first, last = self.profile_steps
+            _require(
+                0 < first <= last,
+                f"training.profile_steps is [{first}, {last}]; it must be a first step of at "
+                "least 1 and a last one that is not before it",
+            )
         _require(self.z_loss >= 0, f"training.z_loss is {self.z_loss}; it must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each way of splitting the work has; their product is all devices.
+
+    At most one is -1, which takes what the others leave.
+
+    Attributes:
+      data: copies of the model, each with its rows of the batch.
+      fsdp: rows of the batch, like `data`, and parts of parameters and optimizer state,
+        gathered when a layer needs them (ZeRO 3).
+      tensor: heads, MLP columns and vocabulary.
+      context: tokens of a sequence; keys and values are gathered.
+      slices: TPU slices that the data centre's network joins; `data` is split over them
+        first, so `slices` must divide it.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    context: int = 1
+    slices: int = 1
+
+    def __post_init__(self):
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor", "context")}
+        for name, size in sizes.items():
+            _require(
+                size == -1 or size > 0,
+                f"mesh.{name} is {size}; it must be positive, or -1 to take what is left",
+            )
+        fill = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
+        _require(
+            len(fill) < 2, f"{' and '.join(fill)} are -1; only one can take what the others leave"
+        )
+        _positive(self, "mesh", "slices")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -415,11 +532,13 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     init: InitConfig = InitConfig()
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
         _require(
-            bool(self.data.text or self.data.tokens),
-            "neither data.text nor data.tokens is given; name files or folders to train on",
+            bool(self.data.text or self.data.tokens or self.data.sources),
+            "neither data.text nor data.tokens is given; name files or folders to train on, or "
+            "data.sources",
         )
         _require(
             self.data.batch_size % self.training.accumulation == 0,

@@ -42,6 +42,16 @@ RULES = (
 )
 
 
+def rules_for(mesh: Mesh):
+    """`RULES` for the axes that `mesh` has, in the form that Flax takes."""
+
+    def present(axes):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        return tuple(axis for axis in axes if axis in mesh.shape) or None
+
+    return tuple((name, present(axes)) for name, axes in RULES)
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes `AXES`, laid over the devices so that neighbours are close.
 
@@ -91,7 +101,7 @@ def _over_slices(sizes, slices: int, devices) -> np.ndarray:
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Iterator[None]:
     """Inside, what is traced is placed on `mesh` by `RULES`."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules_for(mesh)):
         yield
 
 
@@ -123,14 +133,14 @@ def check(config: TrainConfig, mesh: Mesh) -> None:
 
 def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
     """Of an array whose axes have these logical names."""
-    return NamedSharding(mesh, nn.logical_to_mesh_axes(axes, RULES))
+    return NamedSharding(mesh, nn.logical_to_mesh_axes(axes, rules_for(mesh)))
 
 
 def param_shardings(model: nn.Module, mesh: Mesh):
     """Where each parameter of a `RePoLM` goes: a tree of `NamedSharding` like the parameters."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     boxed = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, rules_for(mesh))
 
 
 def like_params(tree, params, shardings, mesh: Mesh):
@@ -250,10 +260,15 @@ class TokenSplit(NamedTuple):
         """f on each device's part. Axes are told by letter: B, T, V; d, the width of the table;
         others are whole.
         """
+        of = dict(B=self.batch, T=self.length, V=self.vocab, d=self.embed)
+        spec = lambda letters: [of.get(letter, ()) for letter in letters]
+        return self.run(f, [*map(spec, inputs)], [*map(spec, outputs)])
+
+    def run(self, f: Callable, inputs: Sequence, outputs: Sequence) -> Callable:
+        """f on each device's part; for each array, the axes of the mesh that split each axis."""
         if not any(self):
             return f
-        of = dict(B=self.batch, T=self.length, V=self.vocab, d=self.embed)
-        spec = lambda letters: PartitionSpec(*(of.get(letter) or None for letter in letters))
+        spec = lambda axes: PartitionSpec(*(names or None for names in axes))
         specs = tuple(map(spec, inputs)), tuple(map(spec, outputs))
         return jax.shard_map(f, in_specs=specs[0], out_specs=specs[1], check_vma=False)
 
@@ -263,10 +278,12 @@ class TokenSplit(NamedTuple):
 
     def sum_tokens(self, x, axis: int):
         """Inside `apply`: x summed over all tokens, a part of the width along `axis` on each."""
-        x = self.sum(x, tuple(name for name in self.tokens if name not in self.embed))
-        if not self.embed:
-            return x
-        return lax.psum_scatter(x, self.embed, scatter_dimension=axis, tiled=True)
+        # Scattered first, the rest of the sum is of a part only, and XLA moves it out of a loop
+        # over microbatches.
+        rest = tuple(name for name in self.tokens if name not in self.embed)
+        if self.embed:
+            x = lax.psum_scatter(x, self.embed, scatter_dimension=axis, tiled=True)
+        return self.sum(x, rest)
 
     @staticmethod
     def sum(x, axes: tuple[str, ...]):

@@ -46,13 +46,13 @@ _MOST_PIECES = 1024
 
 
 def automatic() -> tuple[str, ...]:
-    """The implementations tried in this order when none is named, for the default backend.
+    """The implementations tried in this order when none is named, for `dispatch.target()`.
 
     A kernel of ours for GPUs enters when it was seen correct on one (docs/kernels.md).
     """
     if dispatch.on_known_tpu():
         return ("pallas_tpu", "xla")
-    return ("cudnn", "xla") if jax.default_backend() == "gpu" else ("xla",)
+    return ("cudnn", "xla") if dispatch.target()[0] == "gpu" else ("xla",)
 
 
 def _check(q, k, v, positions_q, positions_k, arrays) -> None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention import masks, xla
 
 try:
@@ -52,7 +53,7 @@ def _check(q, k, v, mask) -> None:
         raise NotImplementedError(f"there is nothing to attend: q {q.shape}, k {k.shape}")
     if _parameters() not in _BACKWARD:
         raise NotImplementedError(f"jax {jax.__version__}'s interface to cuDNN is not known here")
-    if fused.cuda_versions is None or jax.default_backend() == "tpu":
+    if fused.cuda_versions is None or dispatch.target()[0] == "tpu":
         raise NotImplementedError("cuDNN needs an NVIDIA GPU and jax's CUDA packages")
 
 

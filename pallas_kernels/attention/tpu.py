@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention import masks, tpu_plan
 from pallas_kernels.attention.tpu_backward import backward
 from pallas_kernels.attention.tpu_forward import LANES, forward
@@ -77,10 +78,10 @@ def default_blocks(generation: str, dtype, H: int, T: int) -> BlockSizes:
 
 
 def generation() -> str:
-    """Of the TPU at hand; "v5p", which has the least vector memory, where there is none."""
-    if jax.default_backend() != "tpu":
+    """Of the TPU that is traced for; "v5p", which has the least vector memory, for none."""
+    platform, kind = dispatch.target()
+    if platform != "tpu":
         return "v5p"
-    kind = jax.devices()[0].device_kind
     if kind not in _GENERATIONS:
         raise NotImplementedError(f"the TPU kernels are for v5e, v5p and v6e, not for {kind!r}")
     return _GENERATIONS[kind]

@@ -6,6 +6,9 @@
 from repo_jax.data.batches import TrainingBatches, ValidationBatches, segment_ids, trim_tokens
 from repo_jax.data.build import build_corpus, cached_corpus
 from repo_jax.data.corpus import Corpus, Manifest, open_corpus
+from repo_jax.data.mixture import Mixture
+from repo_jax.data.object_store import StoredTokens
+from repo_jax.data.repetition import repeats
 from repo_jax.data.sources import Data, open_data, open_text
 from repo_jax.data.text import Document, find_files, read_documents
 from repo_jax.data.token_files import TokenWriter, check_ids, open_tokens
@@ -16,6 +19,8 @@ __all__ = [
     "Data",
     "Document",
     "Manifest",
+    "Mixture",
+    "StoredTokens",
     "TokenWriter",
     "Tokenizer",
     "TrainingBatches",
@@ -30,6 +35,7 @@ __all__ = [
     "open_text",
     "open_tokens",
     "read_documents",
+    "repeats",
     "segment_ids",
     "train_bpe",
     "trim_tokens",

@@ -1,15 +1,24 @@
 """Token files cut into windows, and windows into batches.
 
-A batch is a dict of numpy arrays: `tokens`, int32 [B, T], and with `document_mask` also
-`segment_ids`, int32 [B, T]: 1 for the first document of a window, 2 for the next, and so on;
-eos belongs to the document it ends, 0 is padding.
+A batch is a dict of numpy arrays:
+
+    tokens       int32 [B, T]
+    segment_ids  int32 [B, T], with `document_mask`: 1 for the first document of a window, 2 for
+                 the next, and so on; eos belongs to the document it ends, 0 is padding
+    valid        bool [B], where some rows may have no loss
+    source       int32 [B], the number of each row's source in a mixture
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from repo_jax.data import object_store
+from repo_jax.data.mixture import Mixture
+from repo_jax.data.object_store import StoredTokens, Tokens
+from repo_jax.data.repetition import repeats
 from repo_jax.data.token_files import check_ids
 from repo_jax.errors import ConfigError
 
@@ -23,8 +32,9 @@ _READERS = 2
 class TrainingBatches:
     """An endless sequence of batches, each a function of `seed` and its step alone.
 
-    Every epoch visits all windows once, in an order of its own; a batch may hold the end of
-    one epoch and the start of the next. There is no state to save but the step.
+    Every epoch of a source visits all its windows once, in an order of its own; a batch may
+    hold the end of one epoch and the start of the next. There is no state to save but the
+    step.
 
     Args:
       tokens: arrays of ids, [tokens] each, as from `open_tokens`. Windows do not overlap and
@@ -36,7 +46,13 @@ class TrainingBatches:
       eos_id: the id that ends a document; needed for `document_mask`.
       vocab_size: ids must be below it; None: they are not checked.
       prefetch: batches that `iterate` reads ahead.
-      rows: which rows of each batch to read, for a process that needs only its share.
+      rows: which rows of each batch to read, for a process that needs only its share: a
+        slice, or their numbers.
+      mixture: of the sources; None: there is one.
+      source_of: with `mixture`, the number of each array's source, ascending; every source
+        has a window. Batches then have `source`.
+      repetition_filter: windows in which `repeats` finds so many copies are not `valid`;
+        None: there is no `valid`.
 
     Raises:
       ConfigError: there are fewer windows than a batch has, or no `eos_id` is given.
@@ -44,7 +60,7 @@ class TrainingBatches:
 
     def __init__(
         self,
-        tokens: Sequence[np.ndarray],
+        tokens: Sequence[Tokens],
         *,
         sequence_length: int,
         batch_size: int,
@@ -53,11 +69,14 @@ class TrainingBatches:
         eos_id: int | None = None,
         vocab_size: int | None = None,
         prefetch: int = 2,
-        rows: slice = slice(None),
+        rows: slice | np.ndarray = slice(None),
+        mixture: Mixture | None = None,
+        source_of: Sequence[int] = (),
+        repetition_filter: int | None = None,
     ):
-        import grain  # Here, so that all else works on machines without it.
-
         self._windows = _Windows(tokens, sequence_length, document_mask, eos_id, vocab_size)
+        self._source_of = None if mixture is None else np.array(source_of, np.int32)
+        self._repetition_filter = repetition_filter
         if len(self._windows) < batch_size:
             total = sum(len(array) for array in tokens)
             raise ConfigError(
@@ -65,13 +84,33 @@ class TrainingBatches:
                 f"{sequence_length} ({total} tokens); batch_size is {batch_size}, and an epoch "
                 "must have a batch at least"
             )
-        order = grain.MapDataset.range(len(self._windows)).seed(seed).shuffle().repeat()
-        self._batches = order.batch(batch_size).map(
-            lambda indices: self._windows.read(indices[rows])
-        )
+        import grain  # Here, so that all else works on machines without it.
+
+        def order(start: int, stop: int, seed: int):
+            return grain.MapDataset.range(start, stop).seed(seed).shuffle().repeat()
+
+        if mixture is None:
+            windows = order(0, len(self._windows), seed)
+        else:
+            last = np.searchsorted(self._source_of, range(self._source_of[-1] + 1), side="right")
+            ends = [0, *(int(end) for end in self._windows.ends[last - 1])]
+            orders = [
+                order(start, stop, _seed(seed, source))
+                for source, (start, stop) in enumerate(itertools.pairwise(ends))
+            ]
+            windows = grain.MapDataset.select_from_datasets(orders, mixture)
+        self._batches = windows.batch(batch_size).map(lambda indices: self._read(indices[rows]))
         self._options = grain.ReadOptions(
             num_threads=min(_READERS, prefetch), prefetch_buffer_size=prefetch
         )
+
+    def _read(self, indices: np.ndarray) -> Batch:
+        batch = self._windows.read(indices)
+        if self._repetition_filter is not None:
+            batch["valid"] = ~repeats(batch["tokens"], self._repetition_filter)
+        if self._source_of is not None:
+            batch["source"] = self._source_of[self._windows.files(indices)]
+        return batch
 
     @property
     def windows_per_epoch(self) -> int:
@@ -88,6 +127,7 @@ class TrainingBatches:
 
         Raises:
           ConfigError: it has an id of `vocab_size` or more.
+          TrainingError: an object store does not give it.
         """
         return self._batches[step]
 
@@ -120,7 +160,7 @@ class ValidationBatches:
 
     def __init__(
         self,
-        tokens: Sequence[np.ndarray],
+        tokens: Sequence[Tokens],
         *,
         sequence_length: int,
         batch_size: int,
@@ -163,8 +203,8 @@ class ValidationBatches:
 
 
 def trim_tokens(
-    tokens: Sequence[np.ndarray], multiple: int, max_tokens: int | None = None
-) -> tuple[np.ndarray, ...]:
+    tokens: Sequence[Tokens], multiple: int, max_tokens: int | None = None
+) -> tuple[Tokens, ...]:
     """Cuts arrays so that windows of several lengths cover the same tokens.
 
     Args:
@@ -192,12 +232,21 @@ def segment_ids(tokens: np.ndarray, eos_id: int) -> np.ndarray:
     return 1 + np.cumsum(ends, axis=1, dtype=np.int32) - ends
 
 
+def _seed(seed: int, source: int) -> int:
+    """A seed for each source: sources of one size are not to go in step."""
+    return int(np.random.SeedSequence([seed, source]).generate_state(1)[0])
+
+
 class _Windows:
-    """Windows of all arrays, numbered in order; read as batches."""
+    """Windows of all arrays, numbered in order; read as batches.
+
+    Attributes:
+      ends: int64 [arrays], one more than the number of the last window of each.
+    """
 
     def __init__(
         self,
-        tokens: Sequence[np.ndarray],
+        tokens: Sequence[Tokens],
         sequence_length: int,
         document_mask: bool,
         eos_id: int | None,
@@ -210,20 +259,26 @@ class _Windows:
         self._vocab_size = vocab_size
         self._names = [str(getattr(array, "filename", "the data")) for array in tokens]
         # Slices of a plain array are several times cheaper than those of a memmap.
-        self._arrays = [np.asarray(array) for array in tokens]
+        self._arrays = [a if isinstance(a, StoredTokens) else np.asarray(a) for a in tokens]
         counts = [len(array) // sequence_length for array in tokens]
-        self._ends = np.cumsum(counts, dtype=np.int64)
+        self.ends = np.cumsum(counts, dtype=np.int64)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def files(self, indices: np.ndarray) -> np.ndarray:
+        """The number of the array that each window is in."""
+        return np.searchsorted(self.ends, indices, side="right")
 
     def read(self, indices: np.ndarray) -> Batch:
         tokens_BT = np.empty((len(indices), self.sequence_length), np.int32)
-        files = np.searchsorted(self._ends, indices, side="right")
-        for row, (index, file) in enumerate(zip(indices, files, strict=True)):
-            window = index - (self._ends[file - 1] if file else 0)
-            start = window * self.sequence_length
-            window_T = self._arrays[file][start : start + self.sequence_length]
+        files = self.files(indices)
+        starts = (indices - np.concatenate([[0], self.ends])[files]) * self.sequence_length
+        windows = [
+            self._arrays[file][start : start + self.sequence_length]
+            for file, start in zip(files, starts, strict=True)
+        ]
+        for row, window_T in enumerate(object_store.read(windows)):
             tokens_BT[row] = window_T
         # The cast made ids of 2**31 and more negative.
         if self._vocab_size is not None and tokens_BT.view(np.uint32).max() >= self._vocab_size:

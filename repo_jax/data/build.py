@@ -2,17 +2,21 @@
 
 A folder is made under another name and renamed when it is complete, so that whatever kills
 the process, a folder under its own name is whole. Several processes may make the same one:
-the first to finish wins.
+the first to finish wins. What a killed process left is removed by the next that makes the same
+folder on the same host: the processes hold locks on what they write.
 """
 
 import contextlib
 import dataclasses
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -121,9 +125,7 @@ def _build(
     fingerprint: str,
 ) -> None:
     """Raises FileExistsError if another process has filled `folder` in the meantime."""
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
-    partial.mkdir(parents=True)
-    try:
+    with _partial(folder) as partial:
         if tokenizer is None:
             with _progress("training the tokenizer", files) as read:
                 documents = _documents(config, files, read)
@@ -154,8 +156,48 @@ def _build(
             if folder.exists():
                 raise FileExistsError(folder) from None
             raise
+
+
+@contextlib.contextmanager
+def _partial(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder`, empty and locked; removed unless it has been renamed."""
+    # Locks may not be seen by other hosts that share the disk.
+    name = f".{folder.name}.{socket.gethostname()}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f"{glob.escape(name)}.*.partial"):
+        with _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
+            if mine:
+                shutil.rmtree(left, ignore_errors=True)
+    while True:
+        partial = folder.with_name(f"{name}.{secrets.token_hex(4)}.partial")
+        partial.mkdir()
+        with _locked(partial, fcntl.LOCK_EX):
+            if not partial.exists():
+                continue  # taken for a leftover before it was locked
+            try:
+                yield partial
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+            return
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, how: int) -> Iterator[bool]:
+    """Locks a folder for the block; False where that cannot be done."""
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(number, how)
+            locked = True
+        except OSError:  # held by another process, or no locks on this kind of disk
+            locked = False
+        yield locked
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(number)
 
 
 class _Document(NamedTuple):

@@ -1,18 +1,23 @@
 """From a data section to tokens: the one entry point for training and evaluation."""
 
 import dataclasses
+import functools
 import glob
 import hashlib
-from collections.abc import Sequence
+import itertools
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from repo_jax.config import DataConfig, DecoderConfig
+from repo_jax.config import DataConfig, DecoderConfig, SourceConfig
+from repo_jax.data import object_store
 from repo_jax.data.batches import TrainingBatches, ValidationBatches
 from repo_jax.data.build import cached_corpus, planned_vocab_size
 from repo_jax.data.corpus import Corpus, open_corpus
+from repo_jax.data.mixture import Mixture
+from repo_jax.data.object_store import StoredTokens, Tokens
 from repo_jax.data.text import find_files, read_documents
 from repo_jax.data.token_files import open_tokens
 from repo_jax.data.tokenizers import Tokenizer
@@ -25,39 +30,83 @@ class Data:
 
     Attributes:
       config: the data section it came from.
-      train: token arrays, [tokens] each, mapped from disk.
+      train: token arrays, [tokens] each, mapped from disk or in an object store.
       validation: likewise, none of them in `train`; may be empty.
       tokenizer: that made the tokens; None for token files.
       eos_id: the id that ends a document, if known.
       vocab_size: ids are below it: the model's where one was given, else the tokenizer's.
+      source_of: number of the source of each array of `train`, ascending; () unless the
+        config names sources.
     """
 
     config: DataConfig
-    train: tuple[np.ndarray, ...]
-    validation: tuple[np.ndarray, ...]
+    train: tuple[Tokens, ...]
+    validation: tuple[Tokens, ...]
     tokenizer: Tokenizer | None
     eos_id: int | None
     vocab_size: int | None
+    source_of: tuple[int, ...] = ()
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names by the numbers in a batch's `source`; () where there is one source only."""
+        return tuple(self.config.sources)
 
     @property
     def byte_lengths(self) -> np.ndarray | None:
         """UTF-8 bytes of each id, int32 [entries of the tokenizer], where they are known."""
         return None if self.tokenizer is None else self.tokenizer.byte_lengths
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A short hash of the training tokens: their number, first and last of each file.
 
-        For a run to notice that it is continued on other data.
+        Of a mixture also the names and weights of its sources. For a run to notice that it is
+        continued on other data, wherever these are kept.
         """
         digest = hashlib.blake2b(digest_size=8)
-        for array in self.train:
+        if self.config.sources:
+            weights = {name: source.weight for name, source in self.config.sources.items()}
+            digest.update(json.dumps([list(weights.items()), self.source_of]).encode())
+        firsts = object_store.read([array[:4096] for array in self.train])
+        lasts = object_store.read([array[-4096:] for array in self.train])
+        for array, first, last in zip(self.train, firsts, lasts, strict=True):
             digest.update(str(len(array)).encode())
-            digest.update(array[:4096].astype("<u4").tobytes())
-            digest.update(array[-4096:].astype("<u4").tobytes())
+            digest.update(first.astype("<u4").tobytes())
+            digest.update(last.astype("<u4").tobytes())
         return digest.hexdigest()
 
-    def training_batches(self, rows: slice = slice(None)) -> TrainingBatches:
+    @property
+    def _windows(self) -> list[int]:
+        """Training windows of each source, or of the only one."""
+        counts = [0] * max(1, len(self.config.sources))
+        for array, source in zip(self.train, self.source_of or itertools.repeat(0), strict=False):
+            counts[source] += len(array) // self.config.sequence_length
+        return counts
+
+    @functools.cached_property
+    def _mixture(self) -> Mixture | None:
+        weights = [source.weight for source in self.config.sources.values()]
+        if not weights:
+            return None
+        return Mixture(self._windows if None in weights else weights)
+
+    def describe(self, steps: int) -> list[str]:
+        """A line for each source: its size, its share, and how often `steps` steps read it."""
+        T = self.config.sequence_length
+        lines = []
+        names, shares = ("data",), [1.0]
+        if self._mixture is not None:
+            names, shares = self.source_names, self._mixture.shares
+        for name, windows, share in zip(names, self._windows, shares, strict=True):
+            epochs = steps * self.config.batch_size * share / windows
+            lines.append(
+                f"{name}: {windows * T:,} tokens in {windows:,} windows, "
+                f"{100 * share:.4g} % of the run, {epochs:.3g} epochs"
+            )
+        return lines
+
+    def training_batches(self, rows: slice | np.ndarray = slice(None)) -> TrainingBatches:
         """Batches of `train` as the config says; `rows` of each, see `TrainingBatches`."""
         return TrainingBatches(
             self.train,
@@ -69,6 +118,9 @@ class Data:
             vocab_size=self.vocab_size,
             prefetch=self.config.prefetch,
             rows=rows,
+            mixture=self._mixture,
+            source_of=self.source_of,
+            repetition_filter=self.config.repetition_filter,
         )
 
     def validation_batches(
@@ -110,15 +162,18 @@ def open_data(config: DataConfig, model: DecoderConfig | None = None) -> Data:
 
     Raises:
       ConfigError: a file is missing or unfit, or the data does not fit the model.
+      MissingPackageError: an object store needs a package that is not installed.
+      TrainingError: an object store does not answer.
     """
-    if config.text and model is not None:
+    sources = list(config.sources.values()) or [SourceConfig(config.text, config.tokens)]
+    if any(source.text for source in sources) and model is not None:
         _fits(f"data.tokenizer {config.tokenizer}", planned_vocab_size(config), model)
-    train_paths = [cached_corpus(config).folder] if config.text else _expand(config.tokens)
-    held_out_paths = _expand(config.validation_tokens)
-    if not train_paths and not held_out_paths:
+    files = [
+        file for number, source in enumerate(sources) for file in _find(source, number, config)
+    ]
+    held_out = _find(SourceConfig(tokens=config.validation_tokens), 0, config)
+    if not files and not held_out:
         raise ConfigError("none of data.text, data.tokens and data.validation_tokens is given")
-    files = [_File(path, _corpus_of(path)) for path in train_paths]
-    held_out = [_File(path, _corpus_of(path)) for path in held_out_paths]
     corpora = [file.corpus for file in (*files, *held_out) if file.corpus is not None]
     _check_corpora(corpora, config, model)
 
@@ -128,6 +183,8 @@ def open_data(config: DataConfig, model: DecoderConfig | None = None) -> Data:
     vocab_size = corpora[0].manifest.vocab_size if corpora else None
     vocab_size = vocab_size if model is None else model.vocab_size
 
+    everything = (file.tokens for file in (*files, *held_out))
+    object_store.check([tokens for tokens in everything if tokens is not None], vocab_size)
     train, validation = [], []
     for file in files:
         if held_out:
@@ -138,7 +195,16 @@ def open_data(config: DataConfig, model: DecoderConfig | None = None) -> Data:
         validation += [held] if len(held) else []
     validation += [_open(file, "validation", config, vocab_size) for file in held_out]
     tokenizer = corpora[0].tokenizer if corpora else None
-    return Data(config, tuple(train), tuple(validation), tokenizer, eos_id, vocab_size)
+    source_of = tuple(file.source for file in files) if config.sources else ()
+    parts = (tuple(train), tuple(validation))
+    data = Data(config, *parts, tokenizer, eos_id, vocab_size, source_of)
+    for name, windows in zip(data.source_names, data._windows, strict=False):
+        if not windows:
+            raise ConfigError(
+                f"data.sources.{name} has no window of sequence_length {config.sequence_length} "
+                "to train on"
+            )
+    return data
 
 
 def open_text(
@@ -181,22 +247,44 @@ def open_text(
 
 
 class _File(NamedTuple):
-    path: Path
+    """A token file or a corpus folder.
+
+    Attributes:
+      path: of a local one.
+      corpus: of which it is, or which it is part of.
+      tokens: of one in an object store.
+      source: its number.
+    """
+
+    path: Path | None
     corpus: Corpus | None
+    tokens: StoredTokens | None
+    source: int
 
 
-def _expand(patterns: Sequence[str]) -> list[Path]:
-    paths = []
-    for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.exists() or not glob.has_magic(pattern):
-            paths.append(path)
-            continue
-        matches = sorted(glob.glob(str(path), recursive=True))
-        if not matches:
-            raise ConfigError(f"the token files {pattern!r} match nothing")
-        paths += map(Path, matches)
-    return paths
+def _find(source: SourceConfig, number: int, config: DataConfig) -> list[_File]:
+    if source.text:
+        corpus = cached_corpus(dataclasses.replace(config, text=source.text, sources={}))
+        return [_File(corpus.folder, corpus, None, number)]
+    files = []
+    for pattern in source.tokens:
+        if object_store.is_url(pattern):
+            dtype = "uint32" if config.tokens_dtype == "auto" else config.tokens_dtype
+            stored = object_store.find(pattern, dtype)
+            files += [_File(None, None, tokens, number) for tokens in stored]
+        else:
+            files += [_File(path, _corpus_of(path), None, number) for path in _expand(pattern)]
+    return files
+
+
+def _expand(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.exists() or not glob.has_magic(pattern):
+        return [path]
+    matches = sorted(glob.glob(str(path), recursive=True))
+    if not matches:
+        raise ConfigError(f"the token files {pattern!r} match nothing")
+    return [*map(Path, matches)]
 
 
 def _corpus_of(path: Path) -> Corpus | None:
@@ -231,7 +319,9 @@ def _check_corpora(corpora: list[Corpus], config: DataConfig, model: DecoderConf
             )
 
 
-def _open(file: _File, split: str, config: DataConfig, vocab_size: int | None) -> np.ndarray:
+def _open(file: _File, split: str, config: DataConfig, vocab_size: int | None) -> Tokens:
+    if file.tokens is not None:
+        return file.tokens
     if file.path.is_dir():
         tokens = getattr(file.corpus, split)
         if not len(tokens):
@@ -243,12 +333,11 @@ def _open(file: _File, split: str, config: DataConfig, vocab_size: int | None) -
     return open_tokens(file.path, dtype, vocab_size)
 
 
-def _hold_out(
-    file: _File, config: DataConfig, vocab_size: int | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _hold_out(file: _File, config: DataConfig, vocab_size: int | None) -> tuple[Tokens, Tokens]:
     """Tokens to train on and tokens to validate on."""
     tokens = _open(file, "train", config, vocab_size)
-    if file.path.is_dir() and len(file.corpus.validation) >= config.sequence_length:
+    folder = file.path is not None and file.path.is_dir()
+    if folder and len(file.corpus.validation) >= config.sequence_length:
         return tokens, file.corpus.validation
     windows = len(tokens) // config.sequence_length
     held = min(max(1, round(windows * config.validation_fraction)), windows - 1)

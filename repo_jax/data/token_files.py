@@ -16,6 +16,8 @@ from repo_jax.errors import ConfigError
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
+_NUMPY = b"\x93NUMPY"
+
 # Files of up to so many tokens have all ids checked when they are opened. Of longer ones some
 # blocks are: a run may open hundreds of them, on every host.
 _CHECKED_WHOLE = 2**24
@@ -46,20 +48,9 @@ def open_tokens(path: str | Path, dtype: str, vocab_size: int | None = None) -> 
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"token file {path} does not exist")
-    size, itemsize = path.stat().st_size, DTYPES[dtype].itemsize
-    if size == 0:
-        raise ConfigError(f"token file {path} is empty")
-    if size % itemsize:
-        raise ConfigError(
-            f"token file {path} has {size} bytes, which is no multiple of {itemsize} "
-            f"({dtype}); it is cut short or of another dtype"
-        )
+    count_tokens(path, path.stat().st_size, dtype)
     with path.open("rb") as file:
-        if file.read(6) == b"\x93NUMPY":
-            raise ConfigError(
-                f"token file {path} is in numpy's format; token files have no header: write "
-                "the array with its tofile()"
-            )
+        check_header(path, file.read(len(_NUMPY)))
     tokens = np.memmap(path, DTYPES[dtype], mode="r")
     if vocab_size is not None:
         whole = len(tokens) <= _CHECKED_WHOLE
@@ -67,6 +58,28 @@ def open_tokens(path: str | Path, dtype: str, vocab_size: int | None = None) -> 
         for start in np.linspace(0, max(0, len(tokens) - _BLOCK), blocks).astype(int):
             check_ids(tokens[start : start + _BLOCK], vocab_size, str(path))
     return tokens
+
+
+def count_tokens(path: str | Path, size: int, dtype: str) -> int:
+    """Tokens in a file of `size` bytes; ConfigError for none, or no whole number of them."""
+    itemsize = DTYPES[dtype].itemsize
+    if size == 0:
+        raise ConfigError(f"token file {path} is empty")
+    if size % itemsize:
+        raise ConfigError(
+            f"token file {path} has {size} bytes, which is no multiple of {itemsize} "
+            f"({dtype}); it is cut short or of another dtype"
+        )
+    return size // itemsize
+
+
+def check_header(path: str | Path, start: bytes) -> None:
+    """Raises ConfigError if a file that starts so is in numpy's format."""
+    if start.startswith(_NUMPY):
+        raise ConfigError(
+            f"token file {path} is in numpy's format; token files have no header: write "
+            "the array with its tofile()"
+        )
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:

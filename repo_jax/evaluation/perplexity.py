@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from repo_jax.modeling import RePoLM
-from repo_jax.training.loss import cross_entropy, next_token_targets
+from repo_jax.training.step import batch_loss, batch_targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +46,8 @@ class Score:
 
 @functools.partial(jax.jit, static_argnames=("model", "chunk"))
 def _batch_sums(model, params, batch, byte_lengths, chunk):
-    tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
-    targets, counts = next_token_targets(tokens, segment_ids)
-    counts &= batch["valid"][:, None]
-    hidden = model.apply({"params": params}, tokens, segment_ids, method="hidden")
-    sums = cross_entropy(hidden, params["head"]["kernel"], targets, counts, chunk=chunk)
+    targets, counts = batch_targets(batch)
+    sums = batch_loss(model, params, batch, n_targets=1, z_loss=0.0, chunk=chunk)
     return sums.ce, counts.sum(), jnp.where(counts, byte_lengths[targets], 0).sum()
 
 
@@ -67,7 +64,7 @@ def score(
     Args:
       model, params: as `from_pretrained` or `load_run` returns them.
       batches: of `tokens` int32 [B, T], `valid` bool [B] and perhaps `segment_ids`, as
-        `data.ValidationBatches` gives them.
+        `data.ValidationBatches` gives them, on any mesh.
       byte_lengths: int32 [V'], bytes of each id; ids beyond are padding of the vocabulary.
       chunk: positions whose logits exist at a time.
     """

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from repo_jax import sharding
 from repo_jax.config import DecoderConfig, PositionConfig, RopeScaling
 from repo_jax.errors import ConfigError
 from repo_jax.interop import config_json, hub
@@ -47,7 +48,9 @@ def from_pretrained(
       rng: of new weights. None: `jax.random.key(0)`.
       rope_scaling: YaRN instead of what the checkpoint says. None: what it says.
       revision: branch, tag or commit on the hub.
-      mesh: every device of it gets all parameters. None: they go to the default device.
+      mesh: its devices share the parameters as `sharding.RULES` says, by the names of its
+        axes (`sharding.make_mesh`); along other axes each device has all of them. None: they go
+        to the default device.
 
     Returns:
       The model, and its plain (unboxed) parameters.
@@ -64,8 +67,8 @@ def from_pretrained(
     stored, config = resolve_config(checkpoint, positions, rope_scaling)
     config = dataclasses.replace(config, **changes)
     source = Source(checkpoint, stored, config, rng)
-    params = load_params(source, _placement(mesh), jnp.dtype(config.param_dtype))
-    return RePoLM(config), params
+    model = RePoLM(config)
+    return model, load_params(source, _placement(model, mesh), jnp.dtype(config.param_dtype))
 
 
 def resolve_config(
@@ -121,13 +124,13 @@ class Source:
 
 
 def load_params(
-    source: Source, place: Callable[[np.ndarray], jax.Array], dtype: np.dtype
+    source: Source, place: Callable[[tuple, np.ndarray], jax.Array], dtype: np.dtype
 ) -> dict[str, Any]:
     """The parameter tree, one parameter at a time.
 
     Args:
       source: of every tensor.
-      place: puts a host array on the devices.
+      place: puts the parameter of this path, a host array, on the devices.
       dtype: of the parameters.
     """
     params = {}
@@ -136,16 +139,22 @@ def load_params(
         host = np.empty((*stack, *entries[0].ours), dtype)
         for entry in entries:
             host[... if entry.index is None else entry.index] = source.read(entry)
-        params[path] = place(host)
+        params[path] = place(path, host)
     return traverse_util.unflatten_dict(params)
 
 
-def _placement(mesh: Mesh | None) -> Callable[[np.ndarray], jax.Array]:
+def _placement(
+    model: RePoLM, mesh: Mesh | None
+) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
     if mesh is None:
-        return jnp.asarray
-    replicated = NamedSharding(mesh, PartitionSpec())
-    # Each process gives its own devices their part, so this works on many hosts.
-    return lambda x: jax.make_array_from_callback(x.shape, replicated, lambda index: x[index])
+        return lambda path, x: jnp.asarray(x)
+    places = traverse_util.flatten_dict(sharding.param_shardings(model, mesh))
+
+    def place(path, x):
+        # Each process gives its own devices their part, so this works on many hosts.
+        return jax.make_array_from_callback(x.shape, places[path], lambda index: x[index])
+
+    return place
 
 
 def _dtype_name(option: str, dtype: Any) -> str:

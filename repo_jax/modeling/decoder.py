@@ -1,5 +1,6 @@
 """The language model, and the walk over its layers."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -37,6 +38,8 @@ def _init_layers(rng: jax.Array, config: DecoderConfig):
     `repositioning` added.
     """
     x = jnp.zeros((1, 2, config.d_model), config.dtype)
+    # Whatever runs attention, weights are drawn without it: not every kernel can be mapped.
+    config = dataclasses.replace(config, attention="xla")
 
     def stack(module, rng, n):
         init = jax.jit(jax.vmap(lambda key: module.init(key, x)["params"]))

@@ -18,8 +18,8 @@ def init_weights(std: float, axes: tuple[str | None, ...] | None):
     return nn.with_logical_partitioning(init, axes) if axes else init
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def contract(x, gate, kernel, n: int, out_dtype=None, precision=None):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def contract(x, gate, kernel, n: int, out_dtype=None, precision=None, axes=None):
     """x [..., *in] times kernel [*in, *out], over the n axes of in; silu(gate) * x if gated.
 
     Its VJP keeps the kernel as it is stored, not cast to x's dtype, and the factors of the
@@ -27,18 +27,22 @@ def contract(x, gate, kernel, n: int, out_dtype=None, precision=None):
     gradient comes in the kernel's own dtype, and as x^T dy; JAX's own rule forms (dy^T x)^T.
     On CPU XLA fuses what produced dy into the copy that transposes it and evaluates the
     exponentials there one by one instead of in vectors; x is at hand as it is.
+
+    axes: logical names of the kernel's axes, if it has any. Where devices share tokens x
+      [B, T, *in], each sums its own and one reduce-scatter leaves the parts of the kernel's
+      gradient where the parts of the kernel are.
     """
     x = x if gate is None else swiglu(gate, x)
-    axes = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+    inner = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
     options = dict(preferred_element_type=out_dtype, precision=precision)
-    return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())), **options)
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), (inner, ((), ())), **options)
 
 
-def _contract_fwd(x, gate, kernel, n, out_dtype, precision):
-    return contract(x, gate, kernel, n, out_dtype, precision), (x, gate, kernel)
+def _contract_fwd(x, gate, kernel, n, out_dtype, precision, axes):
+    return contract(x, gate, kernel, n, out_dtype, precision, axes), (x, gate, kernel)
 
 
-def _contract_bwd(n, out_dtype, precision, residuals, dy):
+def _contract_bwd(n, out_dtype, precision, axes, residuals, dy):
     del out_dtype
     up, gate, kernel = residuals
     x = up if gate is None else swiglu(gate, up)
@@ -47,20 +51,38 @@ def _contract_bwd(n, out_dtype, precision, residuals, dy):
     outputs = (tuple(range(len(batch), dy.ndim)), tuple(range(n, kernel.ndim)))
     dims = (outputs, ((), ()))
     dx = jax.lax.dot_general(dy, kernel.astype(x.dtype), dims, precision=precision)
-    xs, dys, rows = x, dy, batch
-    if not split_axes("length"):
-        # As matrices: with one contracted axis the product takes x as it lies, with two XLA's
-        # CPU compiler copies it transposed first. (Two axes that are both split over devices
-        # do not make one.)
-        rows = (0,)
-        xs, dys = (a.reshape(math.prod(x.shape[: len(batch)]), -1) for a in (x, dy))
-    d_kernel = jax.lax.dot_general(
-        *(xs, dys, ((rows, rows), ((), ()))),
-        precision=precision,
-        preferred_element_type=kernel.dtype,
-    )
+    d_kernel = _kernel_gradient(x, dy, kernel, n, precision, axes)
     d_gate, d_up = (None, dx) if gate is None else _swiglu_bwd((gate, up), dx)
-    return d_up, d_gate, d_kernel.reshape(kernel.shape)
+    return d_up, d_gate, d_kernel
+
+
+def _kernel_gradient(x, dy, kernel, n, precision, axes):
+    def local(x, dy):
+        # As matrices: with one contracted axis the product takes x as it lies, with two XLA's
+        # CPU compiler copies it transposed first.
+        rows = math.prod(x.shape[: x.ndim - n])
+        d_kernel = jax.lax.dot_general(
+            *(x.reshape(rows, -1), dy.reshape(rows, -1), (((0,), (0,)), ((), ()))),
+            precision=precision,
+            preferred_element_type=kernel.dtype,
+        )
+        return d_kernel.reshape(*x.shape[x.ndim - n :], *dy.shape[x.ndim - n :])
+
+    if axes is None or x.ndim != n + 2:
+        return local(x, dy)
+    split = TokenSplit.of(*x.shape[:2])
+    if "embed" not in axes:
+        split = split._replace(embed=())
+    # The width of activations is whole on every device; that of a kernel may be split.
+    whole = [() if name in (None, "embed") else split_axes(name) for name in axes]
+    parted = [split.embed if name == "embed" else w for name, w in zip(axes, whole, strict=True)]
+
+    def reduced(x, dy):
+        return (split.sum_tokens(local(x, dy), axes.index("embed") if split.embed else 0),)
+
+    tokens = [split.batch, split.length]
+    run = split.run(reduced, [[*tokens, *whole[:n]], [*tokens, *whole[n:]]], [parted])
+    return run(x, dy)[0]
 
 
 contract.defvjp(_contract_fwd, _contract_bwd)
@@ -99,7 +121,7 @@ class Linear(nn.Module):
         init = init_weights(self.init_std, self.axes)
         kernel = self.param("kernel", init, shape, jnp.dtype(self.param_dtype))
         x, gate = jax.tree.map(lambda a: a.astype(self.dtype or x.dtype), (x, gate))
-        return contract(x, gate, kernel, self.inputs, self.out_dtype, self.precision)
+        return contract(*(x, gate, kernel, self.inputs, self.out_dtype, self.precision, self.axes))
 
 
 def linear(config: DecoderConfig, features: tuple[int, ...], axes, **options) -> Linear:

@@ -1,4 +1,4 @@
-"""AdamW with the recipe's groups, schedules, and a rate for each parameter pattern."""
+"""The optimizer with the recipe's groups, schedules, and a rate for each parameter pattern."""
 
 import re
 
@@ -64,7 +64,7 @@ def rate_factors(config: OptimizerConfig, params):
 def make_optimizer(
     config: OptimizerConfig, training: TrainingConfig, params
 ) -> optax.GradientTransformation:
-    """Clip, AdamW, decoupled decay of everything but the embedding, learning rate.
+    """Clip, AdamW or Adafactor, decoupled decay of all but the embedding, learning rate.
 
     Args:
       config, training: options; the schedule's length is `training`'s.
@@ -83,19 +83,24 @@ def make_optimizer(
             updates,
         )
     )
-    adamw = optax.chain(
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
+    if config.name == "adafactor":
+        # Updates of RMS 1, as Adam's are, so that a learning rate means the same.
+        scale = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    else:
+        scale = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype)
+    chain = optax.chain(
+        scale,
         optax.add_decayed_weights(config.weight_decay, decayed),
         optax.scale_by_learning_rate(schedule),
         scale_each if config.rates else optax.identity(),
     )
     if config.clip_norm is not None:
-        adamw = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+        chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), chain)
     if all(f > 0 for f in jax.tree.leaves(factors)):
-        return adamw
+        return chain
     # Frozen parameters have no moments and take no part in the norm.
     labels = jax.tree.map(lambda f: "trained" if f > 0 else "frozen", factors)
-    return optax.partition({"trained": adamw, "frozen": optax.set_to_zero()}, labels)
+    return optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, labels)
 
 
 def freeze(params, factors):

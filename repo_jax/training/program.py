@@ -13,6 +13,16 @@ from repo_jax.config import TrainConfig
 from repo_jax.modeling import RePoLM, abstract_params, init_params
 from repo_jax.training.step import Batch, TrainState, create_state, make_train_step
 
+# What XLA does not do by itself, by platform.
+COMPILER_OPTIONS = {
+    # Else products with gathered weights are cut along the contracted axis into as many steps
+    # as there are devices, too small for the matrix units (docs/8-planning.md); without, the
+    # gathers run beside other work.
+    "tpu": {"xla_tpu_enable_windowed_einsum_for_all_gather": False},
+    # Transfers begin as early as they can.
+    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -80,8 +90,14 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
         donate_argnums=0,
         in_shardings=(state_places, {name: x.sharding for name, x in batch.items()}),
         out_shardings=(state_places, whole),
+        compiler_options=COMPILER_OPTIONS.get(_platform(mesh)),
     )
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state_places
     )
     return Program(model, optimizer, mesh, state, batch, step)
+
+
+def _platform(mesh: Mesh) -> str:
+    platform = mesh.devices.flat[0].platform
+    return {"cuda": "gpu"}.get(platform, platform)

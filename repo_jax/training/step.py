@@ -52,7 +52,7 @@ def create_state(params, optimizer: optax.GradientTransformation, seed: int) -> 
 def batch_loss(model: RePoLM, params, batch: Batch, *, n_targets, z_loss: float, chunk: int):
     """Cross-entropy and z-loss of a batch, each the sum over its targets / `n_targets`."""
     segment_ids = batch.get("segment_ids")
-    targets, valid = _targets(batch)
+    targets, valid = batch_targets(batch)
     tokens, weights = batch["tokens"], valid * (1.0 / n_targets)
     order = token_order(tokens.shape[1])
     if order is not None:
@@ -64,7 +64,8 @@ def batch_loss(model: RePoLM, params, batch: Batch, *, n_targets, z_loss: float,
     return cross_entropy(hidden, kernel, targets, weights, z_loss=z_loss, chunk=chunk)
 
 
-def _targets(batch: Batch):
+def batch_targets(batch: Batch):
+    """Targets int32 [B, T] and which count, bool [B, T]: as documents and `valid` rows say."""
     targets, valid = next_token_targets(batch["tokens"], batch.get("segment_ids"))
     if "valid" in batch:
         valid &= batch["valid"][:, None]
@@ -73,7 +74,7 @@ def _targets(batch: Batch):
 
 def count_targets(batch: Batch) -> jax.Array:
     """Valid targets of a batch, float32 so that the sum over a pod cannot overflow."""
-    return _targets(batch)[1].sum(dtype=jnp.float32)
+    return batch_targets(batch)[1].sum(dtype=jnp.float32)
 
 
 def batch_hash(tokens_BT: jax.Array) -> jax.Array:
@@ -171,7 +172,7 @@ def make_train_step(
         }
         if n_sources:
             # From a share of all targets' mean to the mean over the source's own.
-            share = by_source(_targets(batch)[1].sum(1), batch) / targets
+            share = by_source(batch_targets(batch)[1].sum(1), batch) / targets
             metrics["ce_loss_by_source"] = sums["ce_loss_by_source"] / share
         state = state.replace(
             step=state.step + 1,

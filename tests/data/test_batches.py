@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repo_jax.data import TrainingBatches, ValidationBatches, segment_ids, trim_tokens
+from repo_jax.data import Mixture, TrainingBatches, ValidationBatches, segment_ids, trim_tokens
 from repo_jax.errors import ConfigError
 
 T, B = 4, 5
@@ -99,6 +99,34 @@ def test_a_process_can_read_its_rows_only():
     part = training(tokens, document_mask=True, eos_id=3, rows=slice(2, 4)).at(4)
     for name in ("tokens", "segment_ids"):
         assert np.array_equal(part[name], whole[name][2:4])
+
+
+@settings(max_examples=8)
+@given(
+    processes=st.sampled_from([1, 2, 8]),
+    resumed_with=st.sampled_from([1, 2, 8]),
+    step=st.integers(0, 10**4),
+    seed=st.integers(0, 100),
+)
+def test_any_number_of_processes_reads_the_same_global_batches(processes, resumed_with, step, seed):
+    tokens = files(13 * T, 9 * T)
+    options = dict(batch_size=16, seed=seed, mixture=Mixture([2, 1]), source_of=(0, 1))
+    whole = training(tokens, **options)
+
+    def globally(step, count):
+        # A process need not hold neighbouring rows.
+        rows = [np.arange(process, 16, count) for process in range(count)]
+        parts = [training(tokens, rows=part, **options).at(step) for part in rows]
+        return {
+            name: np.concatenate([part[name] for part in parts])[np.argsort(np.concatenate(rows))]
+            for name in parts[0]
+        }
+
+    for at, count in ((step, processes), (step + 1, resumed_with)):
+        batch = globally(at, count)
+        assert batch.keys() == {"tokens", "source"}
+        for name, value in whole.at(at).items():
+            assert np.array_equal(batch[name], value)
 
 
 def test_too_few_windows_for_a_batch():

@@ -180,6 +180,7 @@ cached_corpus(DataConfig(text=sys.argv[1], cache_dir=sys.argv[2], validation_fra
     corpus = cached_corpus(config)
     assert corpus.folder.name != left
     assert len(documents(corpus.train, corpus)) == corpus.manifest.train.documents
+    assert os.listdir(config.cache_dir) == [corpus.folder.name]
 
 
 def test_of_two_builds_at_once_the_first_to_finish_wins(config, monkeypatch):

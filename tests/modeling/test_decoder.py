@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels.attention.api import IMPLEMENTATIONS
 from repo_jax import DecoderBlock, DecoderConfig, PositionConfig, RePoLM, capture_positions
 from repo_jax.config import PRESETS, AttentionName, decoder_config
-from repo_jax.training.checkpoints import abstract_params
+from repo_jax.modeling import abstract_params, init_params
 
 PRESET_NAMES = ("rope", "nope", "r2n1", "n2r1", "repo")
 TINY = dict(vocab_size=64, d_model=32, n_layers=8, n_heads=4, d_ff=48)
@@ -266,3 +266,10 @@ def test_activations_carry_logical_constraints():
         text = str(jax.make_jaxpr(run)(params))
     # The embedding, and in the one body q, k, v, gate, up and the output.
     assert text.count("sharding_constraint") == 1 + 6
+
+
+@pytest.mark.parametrize("attention", ["cudnn", "pallas_gpu"])
+def test_new_weights_do_not_depend_on_what_runs_attention(attention):
+    """And need no GPU: flax traces the initializer whenever the model is applied."""
+    drawn = init_params(RePoLM(config(attention=attention)), jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, drawn, made(config())[1])

@@ -1,5 +1,6 @@
 """Schedules, groups, rates, and accumulation."""
 
+import dataclasses
 import math
 
 import jax
@@ -198,3 +199,36 @@ def test_accumulation_is_one_large_batch(mask):
     scale = max(float(jnp.abs(x).max()) for x in whole)
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-5, atol=scale * 1e-6)
+
+
+# Less memory.
+
+
+def moment_share(config):
+    params = abstract_params(
+        RePoLM(dataclasses.replace(MODEL, vocab_size=256, d_model=256, d_ff=512))
+    )
+    optimizer = make_optimizer(config, TrainingConfig(steps=10), params)
+    state = jax.eval_shape(optimizer.init, params)
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return size(state) / size(params)
+
+
+def test_moments_take_what_the_choice_of_optimizer_says():
+    assert moment_share(OptimizerConfig()) == pytest.approx(2.0, abs=1e-3)
+    assert moment_share(OptimizerConfig(mu_dtype="bfloat16")) == pytest.approx(1.5, abs=1e-3)
+    assert moment_share(OptimizerConfig(name="adafactor")) < 0.1
+
+
+def test_adafactor_moves_every_weight_at_the_learning_rate_and_decays():
+    params = random_params()
+    grads = jax.tree.map(lambda p: 10.0 * p, random_params(seed=1))
+    config = OptimizerConfig(name="adafactor", learning_rate=1e-3, weight_decay=0.0)
+    for path, u in by_path(update(config, params, grads)[0]).items():
+        rms = np.sqrt(np.mean(u**2))
+        assert 0.2e-3 < rms < 1.01e-3, path
+    decayed = dataclasses.replace(config, weight_decay=0.1)
+    plain = by_path(update(config, params, grads)[0])
+    for path, u in by_path(update(decayed, params, grads)[0]).items():
+        expected = 0.0 if path.startswith("embedding/") else -1e-3 * 0.9 * 0.1
+        np.testing.assert_allclose(u - plain[path], expected * by_path(params)[path], atol=1e-8)
