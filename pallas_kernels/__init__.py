@@ -7,7 +7,7 @@ of ordinary RoPE. Nothing in this package knows about models.
 * `rotate` turns q and k by their positions.
 * `rotary_attention` is attention on the rotated q and k, one differentiable
   operation with gradients to q, k, v and both positions.
-* `Partition` says how batch and heads are split over a mesh.
+* `Partition` says how batch, heads and tokens are split over a mesh.
 
 Letters in shapes: B batch, T query length, S key length, N query heads, K key/value
 heads, H head dim, P position columns (1, K or N).

@@ -16,7 +16,6 @@ from typing import NamedTuple, Self
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import mesh_utils
@@ -136,11 +135,14 @@ def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, nn.logical_to_mesh_axes(axes, rules_for(mesh)))
 
 
-def param_shardings(model: nn.Module, mesh: Mesh):
-    """Where each parameter of a `RePoLM` goes: a tree of `NamedSharding` like the parameters."""
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    boxed = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, rules_for(mesh))
+def param_shardings(boxed_params, mesh: Mesh):
+    """Where each parameter goes: a tree of `NamedSharding` like the plain parameters.
+
+    Args:
+      boxed_params: with logical names, as `modeling.boxed_params` gives them.
+      mesh: of any axes; those that `RULES` does not name split nothing.
+    """
+    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed_params), mesh, rules_for(mesh))
 
 
 def like_params(tree, params, shardings, mesh: Mesh):

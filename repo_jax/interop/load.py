@@ -17,7 +17,7 @@ from repo_jax.errors import ConfigError
 from repo_jax.interop import config_json, hub
 from repo_jax.interop.checkpoint import Checkpoint
 from repo_jax.interop.names import Entry, by_parameter, table
-from repo_jax.modeling import RePoLM
+from repo_jax.modeling import RePoLM, boxed_params
 
 
 def from_pretrained(
@@ -148,7 +148,7 @@ def _placement(
 ) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
     if mesh is None:
         return lambda path, x: jnp.asarray(x)
-    places = traverse_util.flatten_dict(sharding.param_shardings(model, mesh))
+    places = traverse_util.flatten_dict(sharding.param_shardings(boxed_params(model), mesh))
 
     def place(path, x):
         # Each process gives its own devices their part, so this works on many hosts.

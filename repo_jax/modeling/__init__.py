@@ -11,6 +11,7 @@ from repo_jax.modeling.decoder import (
     DecoderOutput,
     RePoLM,
     abstract_params,
+    boxed_params,
     capture_positions,
     init_params,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "DecoderOutput",
     "RePoLM",
     "abstract_params",
+    "boxed_params",
     "capture_positions",
     "init_params",
 ]

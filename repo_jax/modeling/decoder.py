@@ -178,8 +178,18 @@ class RePoLM(nn.Module):
 
 def abstract_params(model: RePoLM):
     """Shapes and dtypes of the plain parameter tree, as `jax.ShapeDtypeStruct`; makes none."""
+    return nn.unbox(boxed_params(model))
+
+
+def boxed_params(model: RePoLM):
+    """`abstract_params` in Flax's boxes, which have the logical names of the axes."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
+    return jax.eval_shape(_without_kernels(model).init, jax.random.key(0), tokens)["params"]
+
+
+def _without_kernels(model: RePoLM) -> RePoLM:
+    """Flax runs a model to make its weights; a kernel may not run here, or not on two tokens."""
+    return RePoLM(dataclasses.replace(model.config, attention="xla"))
 
 
 def init_params(model: RePoLM, rng: jax.Array, shardings=None):
@@ -193,7 +203,8 @@ def init_params(model: RePoLM, rng: jax.Array, shardings=None):
     """
 
     def init(rng):
-        return nn.unbox(model.init(rng, jnp.zeros((1, 2), jnp.int32))["params"])
+        tokens = jnp.zeros((1, 2), jnp.int32)
+        return nn.unbox(_without_kernels(model).init(rng, tokens)["params"])
 
     return jax.jit(init, out_shardings=shardings)(rng)
 

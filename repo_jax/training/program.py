@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from repo_jax import sharding
 from repo_jax.config import TrainConfig
-from repo_jax.modeling import RePoLM, abstract_params, init_params
+from repo_jax.modeling import RePoLM, abstract_params, boxed_params, init_params
 from repo_jax.training.step import Batch, TrainState, create_state, make_train_step
 
 # What XLA does not do by itself, by platform.
@@ -65,7 +65,7 @@ def make_program(config: TrainConfig, mesh: Mesh) -> Program:
     sharding.check(config, mesh)
     model = RePoLM(config.model)
     params = abstract_params(model)
-    places = sharding.param_shardings(model, mesh)
+    places = sharding.param_shardings(boxed_params(model), mesh)
     data = config.data
     optimizer, step = make_train_step(
         *(model, config.optimizer, config.training, params),

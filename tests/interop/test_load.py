@@ -7,7 +7,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import traverse_util
-from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from repo_jax.config import PositionConfig, RopeScaling
@@ -138,11 +137,15 @@ def test_f_phi_of_another_shape_is_refused(golden_repo):
         from_pretrained(golden_repo, positions=PositionConfig("repo", d_position=16))
 
 
-def test_every_device_of_a_mesh_gets_all(golden_rope, assert_same):
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_devices_of_a_mesh_share_parameters_as_its_axes_say(golden_rope, assert_same, axis):
+    mesh = jax.make_mesh((jax.device_count(),), (axis,), axis_types=(jax.sharding.AxisType.Auto,))
     _, params = from_pretrained(golden_rope, mesh=mesh)
-    wanted = NamedSharding(mesh, PartitionSpec())
-    assert {leaf.sharding for leaf in jax.tree.leaves(params)} == {wanted}
+    head, norm = params["head"]["kernel"], params["final_norm"]["scale"]
+    parts = {"data": 1, "fsdp": 8}[axis]
+    assert head.sharding.shard_shape(head.shape) == (head.shape[0] // parts, head.shape[1])
+    assert norm.is_fully_replicated
+    assert len(norm.sharding.device_set) == 8
     assert_same(params, from_pretrained(golden_rope)[1])
 
 
