@@ -20,11 +20,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from benchmarks import device, harness, hlo, llo, targets
+from benchmarks import device, harness, llo, targets
 from benchmarks.tpu_paths import PATHS, Cost, Path, Sizes, attention_blocks, splash_blocks
 from pallas_kernels import rotate
 from pallas_kernels.attention import masks
 from pallas_kernels.attention import tpu as attention_tpu
+from repo_jax.planning import hlo
 
 V5E_BYTES_PER_CYCLE = 546  # 819 GB/s at 1.5 GHz
 V5E_FLOP_PER_CYCLE = 131_072
@@ -108,7 +109,7 @@ def measure(generation: str, dump, sizes: Sizes, what: str, **options) -> Cost:
         for part, of_kernel in PATHS.items():
             if part in name:
                 paths += of_kernel(kernel, sizes)
-    return Cost(tuple(paths), hlo.estimated_cycles(compiled.as_text()))
+    return Cost(tuple(paths), hlo.total_cycles(compiled.as_text()))
 
 
 def main():

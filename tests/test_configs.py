@@ -1,11 +1,12 @@
 """The configs that come along say what the paper says, and are complete but for the data."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
-from repo_jax import cli
-from repo_jax.config import PRESETS, TrainConfig, decoder_config
+from repo_jax import cli, sharding
+from repo_jax.config import PRESETS, MeshConfig, TrainConfig, decoder_config
 from tests.tiny_runs import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -47,13 +48,34 @@ def test_the_recipe(path):
     assert optimizer.weight_decay == 0.1
     assert training.z_loss == 1e-4
     assert not config.data.document_mask
+    assert config.data.repetition_filter == {"1b": 32, "7b": None}[size]
+    assert (
+        config.init.checkpoint
+        == {
+            "1b": "allenai/OLMo-2-0425-1B",
+            "7b": "allenai/OLMo-2-1124-7B",
+        }[size]
+    )
 
 
-def test_baselines_differ_in_their_positions_alone():
-    configs = [read(path) for path in RECIPES if path.stem.startswith("olmo2_1b_")]
-    assert len({config.model.positions for config in configs}) == len(configs) == 3
+@pytest.mark.parametrize(
+    ("size", "presets"),
+    [("1b", {"rope", "nope", "r2n1", "n2r1", "repo"}), ("7b", {"rope", "repo"})],
+)
+def test_baselines_differ_in_their_positions_alone(size, presets):
+    configs = [read(path) for path in RECIPES if path.stem.startswith(f"olmo2_{size}_")]
+    assert {config.model.positions.preset for config in configs} == presets
     as_repo = [repr(config).replace(repr(config.model.positions), "") for config in configs]
     assert len(set(as_repo)) == 1
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_fit_the_mesh_of_sixteen_devices_or_more(path):
+    config = read(path)
+    n_devices = 16 if "1b" in path.stem else 64
+    sizes = dict(zip(sharding.AXES, (1, n_devices, 1, 1), strict=True))
+    assert config.mesh == MeshConfig()
+    sharding.check(config, SimpleNamespace(shape=sizes))
 
 
 def test_every_size_with_a_recipe_is_a_published_one():

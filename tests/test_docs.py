@@ -15,6 +15,7 @@ import pytest
 from repo_jax import cli, convert, tokenize
 from repo_jax.evaluation import command as evaluation
 from repo_jax.inference import command as inference
+from repo_jax.planning import command as planning
 from repo_jax.training import command as training
 from repo_jax.training.checkpoints import Checkpoints
 from repo_jax.training.step import create_state, make_train_step
@@ -31,6 +32,7 @@ COMMANDS = {
     "repo_jax.generate": inference.main,
     "repo_jax.convert": convert.main,
     "repo_jax.tokenize": tokenize.main,
+    "repo_jax.plan": planning.main,
 }
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -88,7 +90,7 @@ def commands(page: Path):
     for _, _, text in blocks(page, "bash"):
         for line in text.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):
-                yield words
+                yield words[words[0] == "srun" :]
 
 
 class ParsedError(Exception):
