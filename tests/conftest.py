@@ -5,9 +5,9 @@ import os
 # Eight CPU devices, for sharding tests; read once, when jax first makes its backend.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Pallas' interpreters wait inside callbacks, each in a thread of XLA's pool; with fewer
-# threads than devices or blocks that wait for each other nothing goes on.
-os.environ.setdefault("NPROC", "8")
+# Pallas' interpreters and CPU devices that exchange arrays wait in threads of XLA's pool, a
+# device in as many as its program has exchanges at once; with too few nothing goes on.
+os.environ.setdefault("NPROC", "32")
 
 import hypothesis
 import jax

@@ -70,13 +70,11 @@ def _row(length: int, result: Score) -> dict[str, Any]:
 
 def _open(config: EvalConfig) -> tuple[RePoLM, Any, int | None, Data]:
     if config.run is not None:
-        from repo_jax.training.checkpoints import Checkpoints, load_run
+        from repo_jax.training.checkpoints import load_run_step
         from repo_jax.training.run_dir import read_config
 
         started = read_config(Path(config.run))
-        with Checkpoints(Path(config.run)) as checkpoints:
-            step = checkpoints.find(config.step)
-        model, params = load_run(config.run, step)
+        model, params, step = load_run_step(config.run, config.step)
         if not config.text and not config.tokens:
             return model, params, step, open_data(started.data, model.config)
         section, folder = started.data, config.run
@@ -90,9 +88,11 @@ def _open(config: EvalConfig) -> tuple[RePoLM, Any, int | None, Data]:
         model, params = from_pretrained(folder)
         section = DataConfig(sequence_length=model.config.max_length)
     if config.tokens:
-        section = dataclasses.replace(section, text=(), tokens=(), validation_tokens=config.tokens)
+        section = dataclasses.replace(
+            section, text=(), tokens=(), sources={}, validation_tokens=config.tokens
+        )
         return model, params, step, open_data(section, model.config)
-    section = dataclasses.replace(section, text=config.text, tokens=())
+    section = dataclasses.replace(section, text=config.text, tokens=(), sources={})
     tokenizer = Tokenizer.load(config.tokenizer or folder)
     data = open_text(section, tokenizer, model.config, max_tokens=config.max_tokens)
     return model, params, step, data

@@ -1,52 +1,189 @@
-"""Checkpoints of a run, by Orbax: written in the background, kept by age and by loss."""
+"""Checkpoints of a run, by Orbax: written in the background, kept by age and by loss.
 
+What is read is held against sums of its bits that were saved with it. A checkpoint that is not
+whole is told from one that does not fit, and from a store that does not answer.
+"""
+
+import contextlib
 import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from repo_jax.errors import ConfigError
-from repo_jax.modeling import RePoLM
+from repo_jax import distributed
+from repo_jax.errors import ConfigError, MissingPackageError, TrainingError
+from repo_jax.modeling import RePoLM, abstract_params
 from repo_jax.training.run_dir import read_config
 from repo_jax.training.step import TrainState
 
 _LOSS = "val_loss"
 
+# Packages and extras by the scheme of an object store's URL.
+_STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 
-def abstract_params(model: RePoLM):
-    """Shapes and dtypes of the plain parameter tree, without making any."""
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
+# Errors that say nothing about a checkpoint: others may read it, or the same process later.
+_ELSEWHERE = (PermissionError, ConnectionError, TimeoutError, MemoryError, ImportError)
+_ELSEWHERE_WORDS = re.compile(
+    "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED"
+)
 
 
-def _placed(tree):
-    """Abstract arrays that will be restored to the default device."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+class DamagedCheckpoint(Exception):
+    """A checkpoint is not what was saved; the message says what is wrong with it."""
+
+
+def checkpoint_folder(run_dir: Path, checkpoint_dir: str | None = None) -> epath.Path:
+    """Where the checkpoints of a run are: `checkpoint_dir`, a folder or gs:// or s3://, if given.
+
+    Raises:
+      MissingPackageError: an object store needs a package that is not installed.
+    """
+    if checkpoint_dir is None:
+        return epath.Path((Path(run_dir) / "checkpoints").absolute())
+    scheme, separator, _ = checkpoint_dir.partition("://")
+    if not separator:
+        return epath.Path(Path(checkpoint_dir).expanduser().absolute())
+    if scheme not in _STORES:
+        raise ConfigError(
+            f"training.checkpoint_dir is {checkpoint_dir}; it must be a folder, or start with "
+            + " or ".join(f"{name}://" for name in _STORES)
+        )
+    package, extra = _STORES[scheme]
+    try:
+        __import__(package)
+    except ImportError:
+        raise MissingPackageError(package, f"training.checkpoint_dir {scheme}://", extra) from None
+    return epath.Path(checkpoint_dir)
+
+
+def saved_steps(folder: epath.Path) -> list[int]:
+    """The steps of the checkpoints in a folder, those that are still written left out."""
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
+def read_record(folder: epath.Path, step: int) -> dict[str, Any]:
+    """What `Checkpoints.save` was given beside arrays.
+
+    Raises:
+      DamagedCheckpoint: it cannot be read, or is not what was saved.
+    """
+    with _damage():
+        stored = ocp.JsonCheckpointHandler().restore(folder / str(step) / "data")
+    record = {name: value for name, value in stored.items() if name != "digest"}
+    if stored.get("digest") != _digest(record):
+        raise DamagedCheckpoint("data is not what was saved")
+    return record
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+@jax.jit
+def _sums(tree):
+    """A sum of the bits of each leaf, uint32, which does not depend on how it is split.
+
+    Each element has an odd factor of its own, so that one which changes or changes place
+    changes the sum.
+    """
+
+    def total(x):
+        if x.dtype == bool:
+            x = x.astype(jnp.uint8)
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+        at = jnp.zeros(x.shape, jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            at = at * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return (bits * (2 * at + 1)).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(total, tree)
+
+
+def _checksums(tree) -> dict[str, int]:
+    sums = jax.device_get(_sums(tree))
+    return {name: int(total) for name, total in _by_name(sums).items()}
+
+
+def _by_name(tree) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    """Turns what reading raises into `DamagedCheckpoint`, unless it says nothing about the data."""
+    try:
+        yield
+    except (ConfigError, MissingPackageError):
+        raise
+    except Exception as error:
+        reason = _reason(error)
+        if isinstance(error, _ELSEWHERE) or _ELSEWHERE_WORDS.search(reason):
+            raise TrainingError(f"a checkpoint cannot be read: {reason}") from error
+        raise DamagedCheckpoint(reason) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the innermost error says, on one line, the operating system's words if it has some."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}"
+    text = " ".join(str(error).split())
+    if number := re.search(r"os_error_code='(\d+)'", text):
+        return os.strerror(int(number[1]))
+    text = re.sub(r" \[\w+=.*", "", text)
+    return text or type(error).__name__
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which a damaged checkpoint does not stop and which leaves preemption to us."""
+
+    def metrics(self, step: int):
+        """None, too, where they cannot be read."""
+        try:
+            return super().metrics(step)
+        except Exception:
+            return None
+
+    def reached_preemption(self, step: int) -> bool:
+        """Asks nobody: all processes must ask JAX equally often, see `stopping.Stop`."""
+        return False
 
 
 class Checkpoints:
-    """The checkpoints of one run: `checkpoints/<step>/{params,state,data}`.
+    """The checkpoints of one run: `<folder>/<step>/{params,state,data}`.
 
-    Parameters are apart from the rest of the state, so that they can be read alone. A
-    checkpoint appears under its number only once it is whole. A context manager, which
-    closes.
+    `params` are alone, so that they can be read without the optimizer's state. Each item is
+    written whole before the checkpoint gets its name, so a killed process leaves none that
+    is half there. Every process of a run makes one, and calls the same.
 
     Args:
       run_dir: of the run.
       keep_last: newest checkpoints kept; the best by validation loss is kept besides.
         None: only reads.
+      checkpoint_dir: where they are instead of in `run_dir`.
     """
 
-    def __init__(self, run_dir: Path, keep_last: int | None = None):
-        self.folder = (Path(run_dir) / "checkpoints").absolute()
+    def __init__(
+        self, run_dir: Path, keep_last: int | None = None, checkpoint_dir: str | None = None
+    ):
+        self.folder = checkpoint_folder(run_dir, checkpoint_dir)
         if keep_last is None and not self.folder.is_dir():
             raise ConfigError(f"{run_dir} has no checkpoints")
+        self._writing: int | None = None
         policies = [preservation_policy.LatestN(keep_last)]
         policies.append(
             preservation_policy.BestN(
@@ -55,53 +192,99 @@ class Checkpoints:
                 keep_checkpoints_without_metrics=False,
             )
         )
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                read_only=keep_last is None,
-                cleanup_tmp_directories=keep_last is not None,  # what a kill left half written
-                # `best_fn` tells Orbax that metrics are there to be read back.
-                best_fn=lambda metrics: metrics[_LOSS],
-                best_mode="min",
-                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-            ),
+        options = ocp.CheckpointManagerOptions(
+            read_only=keep_last is None,
+            cleanup_tmp_directories=keep_last is not None,  # what a kill left half written
+            # `best_fn` tells Orbax that metrics are there to be read back.
+            best_fn=lambda metrics: metrics[_LOSS],
+            best_mode="min",
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
         )
+        try:
+            self._manager = _Manager(self.folder, options=options)
+        except OSError as error:
+            raise ConfigError(
+                f"checkpoints cannot be written to {self.folder}: {_reason(error)}; name "
+                "another training.checkpoint_dir or --run_dir"
+            ) from None
 
     def __enter__(self) -> Self:
         """Nothing is left to open."""
         return self
 
-    def __exit__(self, *_) -> None:
-        """Closes."""
-        self.close()
+    def __exit__(self, kind, *_) -> None:
+        """Closes. What fails then does not hide what failed before."""
+        try:
+            self.close()
+        except TrainingError:
+            if kind is None:
+                raise
 
     def save(self, state: TrainState, data: dict[str, Any], val_loss: float | None) -> None:
-        """Copies the state and writes it in the background."""
+        """Copies the state and writes it in the background.
+
+        Args:
+          state: of the step to save.
+          data: what else to keep, such as JSON holds.
+          val_loss: of this step, if known.
+
+        Raises:
+          TrainingError: this checkpoint, or the one before, cannot be written.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        self.wait()
+        items = self._items(state)
+        sums = {name: _checksums(tree) for name, tree in items.items()}
+        record = {**data, "checksums": sums}
+        self._writing = step
+        with self._told():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+                    data=ocp.args.JsonSave({**record, "digest": _digest(record)}),
+                ),
+                metrics=None if val_loss is None else {_LOSS: val_loss},
+            )
+
+    @staticmethod
+    def _items(state: TrainState) -> dict[str, Any]:
         rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                state=ocp.args.StandardSave(rest),
-                data=ocp.args.JsonSave(data),
-            ),
-            metrics=None if val_loss is None else {_LOSS: val_loss},
-        )
+        return {"params": state.params, "state": rest}
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            last = max(saved_steps(self.folder), default=None)
+            good = (
+                f"the last good one is {self.folder / str(last)}" if last else "there is no other"
+            )
+            raise TrainingError(
+                f"the checkpoint of step {self._writing} cannot be written to {self.folder}: "
+                f"{_reason(error)}; {good}, and the same command goes on from there"
+            ) from error
 
     def wait(self) -> None:
-        """Until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Until what was saved is there.
+
+        Raises:
+          TrainingError: it cannot be written.
+        """
+        with self._told():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then lets go."""
-        self._manager.close()
+        with self._told():
+            self._manager.close()
 
     @property
     def latest(self) -> int | None:
-        """The newest whole checkpoint."""
+        """The newest checkpoint."""
         return self._manager.latest_step()
 
     @property
@@ -134,31 +317,135 @@ class Checkpoints:
             f"step {step!r}: {self.folder} has the checkpoints {known}; latest and best also serve"
         )
 
-    def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-        """The state at `step`, in the shapes of `abstract`, and what was saved of the data."""
-        rest = {"step": abstract.step, "opt_state": abstract.opt_state, "rng": abstract.rng}
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(_placed(abstract.params)),
-                state=ocp.args.StandardRestore(_placed(rest)),
-                data=ocp.args.JsonRestore(),
-            ),
+    def restore_newest(
+        self, abstract: TrainState, check: Callable[[dict[str, Any]], None] = lambda data: None
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest whole checkpoint; None where there never was one.
+
+        A damaged one is named on standard error, set aside as `<step>.corrupt`, and passed over
+        for the one before.
+
+        Args:
+          abstract: shapes, dtypes and shardings.
+          check: is given what was saved beside arrays before these are read, and may raise.
+
+        Raises:
+          ConfigError: it has other shapes than `abstract`.
+          TrainingError: none is whole, or the store does not answer.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return self.restore(abstract, step, check)
+            except DamagedCheckpoint as damage:
+                distributed.on_main(functools.partial(self._set_aside, step, str(damage)))
+                self._manager.reload()
+        aside = distributed.on_main(
+            lambda: (
+                self.folder.is_dir()
+                and any(re.match(r"\d+\.corrupt", path.name) for path in self.folder.iterdir())
+            )
         )
-        return TrainState(params=restored.params, **restored.state), restored.data
+        if aside:
+            raise TrainingError(
+                f"no checkpoint in {self.folder} is whole; bring one back, or name another "
+                "--run_dir to start anew"
+            )
+        return None
+
+    def _set_aside(self, step: int, damage: str) -> None:
+        path = self.folder / str(step)
+        taken = {path.name for path in self.folder.iterdir()}
+        names = (f"{step}.corrupt{f'-{i}' if i else ''}" for i in range(len(taken) + 1))
+        aside = next(name for name in names if name not in taken)
+        path.rename(self.folder / aside)
+        print(
+            f"the checkpoint {path} is damaged ({damage}); it is set aside as {aside}, and the "
+            "one before is taken",
+            file=sys.stderr,
+        )
+
+    def restore(
+        self,
+        abstract: TrainState,
+        step: int,
+        check: Callable[[dict[str, Any]], None] = lambda data: None,
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The state at `step`, and what was saved beside it.
+
+        Raises:
+          DamagedCheckpoint: it is not what was saved.
+          ConfigError, TrainingError: as for `restore_newest`.
+        """
+        record = self._record(step)
+        check(record)
+        items = self._load(step, self._items(abstract), record)
+        return TrainState(params=items["params"], **items["state"]), record
 
     def restore_params(self, abstract, step: int):
-        """The parameters alone."""
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(_placed(abstract)))
-        return self._manager.restore(step, args=args).params
+        """The parameters alone; errors are those of `restore`."""
+        return self._load(step, {"params": abstract}, self._record(step))["params"]
+
+    def _record(self, step: int) -> dict[str, Any]:
+        def read():
+            try:
+                return read_record(self.folder, step), None
+            except DamagedCheckpoint as damage:
+                return None, str(damage)
+
+        record, damage = distributed.on_main(read)
+        if damage is not None:
+            raise DamagedCheckpoint(damage)
+        return record
+
+    def _load(self, step: int, items: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+        # Not by the manager, which waits for all processes where one of them may have failed.
+        handler = ocp.StandardCheckpointHandler()
+
+        def read():
+            try:
+                with _damage():
+                    loaded = {}
+                    for name, abstract in items.items():
+                        path = self.folder / str(step) / name
+                        _check_shapes(path, handler.metadata(path).tree, abstract)
+                        arguments = ocp.args.StandardRestore(_placed(abstract))
+                        loaded[name] = handler.restore(path, args=arguments)
+                    return loaded, None
+            except DamagedCheckpoint as damage:
+                return None, str(damage)
+
+        loaded, damage = distributed.everywhere(read)
+        damages = [found for found in distributed.exchange(damage) if found]
+        if damages:
+            raise DamagedCheckpoint(damages[0])
+        for name, tree in loaded.items():
+            saved = record["checksums"][name]
+            wrong = [leaf for leaf, total in _checksums(tree).items() if saved[leaf] != total]
+            if wrong:
+                raise DamagedCheckpoint(f"{name}{wrong[0]} is not what was saved")
+        return loaded
 
 
-def newest_step(run_dir: Path) -> int | None:
-    """The newest whole checkpoint of a run; None where there is none."""
-    if not (run_dir / "checkpoints").is_dir():
-        return None
-    with Checkpoints(run_dir) as checkpoints:
-        return checkpoints.latest
+def _placed(abstract):
+    """Abstract arrays that say where they go: those that do not, to the default device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), abstract
+    )
+
+
+def _check_shapes(path: epath.Path, stored, abstract) -> None:
+    shapes = lambda tree: {name: tuple(leaf.shape) for name, leaf in _by_name(tree).items()}
+    theirs = shapes(stored)
+    ours = shapes(ocp.tree.serialize_tree(abstract, keep_empty_nodes=True))
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            has = list(theirs[name]) if name in theirs else "nothing"
+            needs = list(ours[name]) if name in ours else "nothing"
+            raise ConfigError(
+                f"the checkpoint {path} has {has} for {name} where the run needs {needs}; it is "
+                "of another model or optimizer"
+            )
 
 
 def load_run(run_dir: str | Path, step: int | str = "latest") -> tuple[RePoLM, dict]:
@@ -166,17 +453,34 @@ def load_run(run_dir: str | Path, step: int | str = "latest") -> tuple[RePoLM, d
 
     Args:
       run_dir: where train.py wrote.
-      step: `latest`, `best` (lowest validation loss) or a number.
+      step: `latest`, `best` (lowest validation loss) or a number. If the newest is damaged,
+        `latest` says so and takes the one before.
 
     Returns:
       The model, and its plain dict of arrays in the run's `param_dtype`.
 
     Raises:
-      ConfigError: no run, or no such checkpoint.
+      ConfigError: no run, or no such checkpoint, or it is damaged.
     """
+    return load_run_step(run_dir, step)[:2]
+
+
+def load_run_step(run_dir: str | Path, step: int | str = "latest") -> tuple[RePoLM, dict, int]:
+    """`load_run`, and which step it is."""
     run_dir = Path(run_dir)
+    config = read_config(run_dir)
     # What runs attention is chosen anew: this may be another machine.
-    model = RePoLM(dataclasses.replace(read_config(run_dir).model, attention=None))
-    with Checkpoints(run_dir) as checkpoints:
-        params = checkpoints.restore_params(abstract_params(model), checkpoints.find(step))
-    return model, params
+    model = RePoLM(dataclasses.replace(config.model, attention=None))
+    abstract = abstract_params(model)
+    with Checkpoints(run_dir, checkpoint_dir=config.training.checkpoint_dir) as checkpoints:
+        found = checkpoints.find(step)
+        earlier = [other for other in saved_steps(checkpoints.folder) if other < found]
+        while True:
+            try:
+                return model, checkpoints.restore_params(abstract, found), found
+            except DamagedCheckpoint as damage:
+                named = f"the checkpoint {checkpoints.folder / str(found)} is damaged ({damage})"
+                if step != "latest" or not earlier:
+                    raise ConfigError(f"{named}; name another step") from None
+                found = earlier.pop()
+                print(f"{named}; step {found} is taken", file=sys.stderr)

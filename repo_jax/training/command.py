@@ -1,10 +1,11 @@
 """The train command."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from repo_jax import cli
+from repo_jax import cli, distributed
 from repo_jax.config import TrainConfig
 from repo_jax.errors import ConfigError
 from repo_jax.training.loop import Summary, train
@@ -21,9 +22,16 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Path, Summary]:
         parser.add_argument(
             "--run_dir", type=str, help="Where the run is kept. Default: runs/<config name>."
         )
+        distributed.add_options(parser)
 
     config, options = cli.parse(
         TrainConfig, "train.py", "Trains a RePo language model.", arguments, add
+    )
+    distributed.start(
+        auto=options.distributed,
+        coordinator=options.coordinator,
+        num_processes=options.num_processes,
+        process_id=options.process_id,
     )
     run_dir = options.run_dir
     if run_dir is None:
@@ -31,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Path, Summary]:
             raise ConfigError("neither --config nor --run_dir is given; name one of them")
         run_dir = Path("runs") / Path(str(options.config[-1])).stem
     run_dir = Path(run_dir)
+    # A failed save is told in one sentence; Orbax would print where in its threads it failed.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     summary = train(config, run_dir)
+    if not distributed.is_main():
+        return run_dir, summary
     lines = [f"{'finished' if summary.finished else 'stopped'} at step {summary.step}"]
     if summary.tokens_per_second:
         lines.append(f"{summary.tokens_per_second:,.0f} tokens/s")

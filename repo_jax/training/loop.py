@@ -3,26 +3,33 @@
 import contextlib
 import dataclasses
 import math
-import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
-from repo_jax.config import TrainConfig
+from repo_jax import distributed, flops, sharding
+from repo_jax.config import TrainConfig, to_dict
 from repo_jax.data import Data, open_data
 from repo_jax.errors import ConfigError, TrainingError
 from repo_jax.evaluation.perplexity import Score, score
-from repo_jax.modeling import RePoLM
+from repo_jax.training import lock, observe
 from repo_jax.training import run_dir as run_directory
-from repo_jax.training.checkpoints import Checkpoints, abstract_params, newest_step
+from repo_jax.training.checkpoints import (
+    Checkpoints,
+    DamagedCheckpoint,
+    checkpoint_folder,
+    read_record,
+    saved_steps,
+)
 from repo_jax.training.metrics import MetricsWriter, require_loggers
-from repo_jax.training.step import TrainState, create_state, make_train_step
+from repo_jax.training.program import Program, make_program
+from repo_jax.training.step import TrainState
+from repo_jax.training.stopping import Stop
+from repo_jax.training.timing import StepTimer
 
 # What a checkpoint to start from must have in common with the model to be trained.
 _SHARED = (
@@ -51,47 +58,102 @@ class Summary:
 def train(config: TrainConfig, run_dir: str | Path) -> Summary:
     """Trains, resuming what is in `run_dir`; a finished run is left as it is.
 
+    Of several processes, each calls this, with the same config; see `distributed.start`.
+
     Args:
       config: of the run.
-      run_dir: made if it is not there.
+      run_dir: made if it is not there. Process 0 alone writes it, but for checkpoints.
 
     Raises:
-      ConfigError: the config, the data, the checkpoint to start from or the directory is
-        not as it must be.
+      ConfigError: the config, the mesh, the data, the checkpoint to start from or the
+        directory is not as it must be, or another process trains there.
       MissingPackageError: a logger that is asked for is not installed.
-      TrainingError: a loss or gradient is not finite.
+      TrainingError: a loss or gradient is not finite, or something cannot be written or read.
     """
     run_dir = Path(run_dir)
-    require_loggers(config.training)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check(config, mesh)
     _check_attention(config.model.attention)
+    with contextlib.ExitStack() as stack:
+        finished = distributed.on_main(lambda: _open_run(config, run_dir, stack))
+        if finished is not None:
+            return Summary(finished, True, None, None)
+        data = distributed.main_first(lambda: open_data(config.data, config.model))
+        if not config.model.eos_ids and data.eos_id is not None:
+            model_config = dataclasses.replace(config.model, eos_ids=(data.eos_id,))
+            config = dataclasses.replace(config, model=model_config)
+        rows = sharding.local_rows(mesh, config.data.batch_size)
+        batches = distributed.everywhere(lambda: data.training_batches(rows))
+        program = make_program(config, mesh)
+        distributed.on_main(lambda: _write_run(config, run_dir, data))
+
+        training = config.training
+        checkpoints = stack.enter_context(
+            Checkpoints(run_dir, training.keep_last, training.checkpoint_dir)
+        )
+        restored = checkpoints.restore_newest(
+            program.state, lambda r: _check_data(r, data, run_dir)
+        )
+        if restored is None:
+            state, record = _first_state(config, program), {}
+        else:
+            state, record = restored
+        run = _Run(config, run_dir, program, data, checkpoints)
+        with sharding.use(mesh):
+            return run.go(state, batches, record.get("validation_due", False))
+
+
+def _open_run(config: TrainConfig, run_dir: Path, stack: contextlib.ExitStack) -> int | None:
+    """Checks what is there and takes the lock; the last step of a run that is finished.
+
+    In process 0 alone.
+    """
+    training = config.training
+    require_loggers(training)
     run_directory.check(run_dir, config)
-    newest = newest_step(run_dir)
-    if newest is None:
+    folder = checkpoint_folder(run_dir, training.checkpoint_dir)
+    steps = saved_steps(folder)
+    newest, record = _newest_record(folder, steps)
+    before = _checkpoints_before(run_dir)
+    if before != folder and "config" in record:
+        started = run_directory.from_dict(record["config"])
+        run_directory.check_same(started, config, folder)
+    if not steps:
+        if before not in (None, folder):
+            raise ConfigError(
+                f"training.checkpoint_dir is {folder}, which has no checkpoints; those of the "
+                f"run in {run_dir} went to {before}; copy them, or keep that"
+            )
         _check_init(config)
-    elif newest >= config.training.steps:
+    elif newest == steps[-1] >= training.steps and not record.get("validation_due"):
         print(f"the run in {run_dir} is finished; nothing is left to do", file=sys.stderr)
-        return Summary(newest, True, None, None)
-    data = open_data(config.data, config.model)
-    if not config.model.eos_ids and data.eos_id is not None:
-        model_config = dataclasses.replace(config.model, eos_ids=(data.eos_id,))
-        config = dataclasses.replace(config, model=model_config)
-    batches = data.training_batches()
-    model = RePoLM(config.model)
-    abstract = abstract_params(model)
-    optimizer, step = make_train_step(model, config.optimizer, config.training, abstract)
-    step = jax.jit(step, donate_argnums=0)
+        return newest
+    stack.enter_context(lock.hold(run_dir))
+    return None
+
+
+def _newest_record(folder, steps: list[int]) -> tuple[int | None, dict]:
+    """Of the newest checkpoint whose record is whole; others are told of when restoring."""
+    for step in reversed(steps):
+        with contextlib.suppress(DamagedCheckpoint):
+            return step, read_record(folder, step)
+    return None, {}
+
+
+def _checkpoints_before(run_dir: Path):
+    """Where the checkpoints of a started run are; None before it is started."""
+    if not (run_dir / "config.yaml").is_file():
+        return None
+    return checkpoint_folder(run_dir, run_directory.read_config(run_dir).training.checkpoint_dir)
+
+
+def _write_run(config: TrainConfig, run_dir: Path, data: Data) -> None:
     run_directory.write(run_dir, config)
     if data.tokenizer is not None:
         run_directory.keep_tokenizer(run_dir, data.tokenizer)
-
-    with Checkpoints(run_dir, config.training.keep_last) as checkpoints:
-        if checkpoints.latest is None:
-            params = _first_params(config, model)
-            state = create_state(params, optimizer, config.training.seed)
-        else:
-            state = _restore(checkpoints, optimizer, abstract, config, data)
-        run = _Run(config, run_dir, model, data, checkpoints)
-        return run.go(step, state, batches)
+    if config.data.sources:
+        for line in data.describe(config.training.steps):
+            print(line, file=sys.stderr)
 
 
 def _check_attention(name: str | None) -> None:
@@ -104,22 +166,26 @@ def _check_attention(name: str | None) -> None:
         )
 
 
-def _first_params(config: TrainConfig, model: RePoLM):
+def _first_state(config: TrainConfig, program: Program) -> TrainState:
     """New weights, or those of `init.checkpoint`."""
-    rng = jax.random.key(config.training.seed)
+    seed = config.training.seed
+    rng = jax.random.key(seed)
     if config.init.checkpoint is None:
-        tokens = jnp.zeros((1, 2), jnp.int32)
-        return nn.unbox(jax.jit(model.init)(rng, tokens)["params"])
+        return program.create_state(program.init_params(rng), seed)
     from repo_jax.interop import from_pretrained
 
-    _, params = from_pretrained(
-        config.init.checkpoint,
-        param_dtype=config.model.param_dtype,
-        positions=config.model.positions,
-        rng=rng,
-        revision=config.init.revision,
-    )
-    return params
+    def load():
+        _, params = from_pretrained(
+            config.init.checkpoint,
+            param_dtype=config.model.param_dtype,
+            positions=config.model.positions,
+            rng=rng,
+            revision=config.init.revision,
+            mesh=program.mesh,
+        )
+        return params
+
+    return program.create_state(distributed.everywhere(load), seed)
 
 
 def _check_init(config: TrainConfig) -> None:
@@ -143,121 +209,159 @@ def _check_init(config: TrainConfig) -> None:
     Source(checkpoint, stored, wanted, None)
 
 
-def _restore(checkpoints, optimizer, abstract, config: TrainConfig, data: Data) -> TrainState:
-    state = jax.eval_shape(
-        lambda params: create_state(params, optimizer, config.training.seed), abstract
-    )
-    state, saved = checkpoints.restore(state, checkpoints.latest)
-    if saved["fingerprint"] != data.fingerprint:
+def _check_data(record: dict, data: Data, run_dir: Path) -> None:
+    if record["fingerprint"] != data.fingerprint:
         raise ConfigError(
-            f"the training data are not those that the run in {checkpoints.folder.parent} was "
-            "started on (another length or other tokens); bring those back, or name another "
-            "--run_dir"
+            f"the training data are not those that the run in {run_dir} was started on (another "
+            "length or other tokens); bring those back, or name another --run_dir"
         )
-    return state
-
-
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[list[str]]:
-    """A list that is no longer empty once SIGTERM or Ctrl-C came; a second Ctrl-C interrupts."""
-    seen: list[str] = []
-
-    def handle(number, frame):
-        del frame
-        if seen and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        seen.append(signal.Signals(number).name)
-
-    try:
-        before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread, where nobody can be told
-        before = {}
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Run:
     """What a run does around its steps: numbers, validation, checkpoints, stopping."""
 
-    def __init__(self, config, run_dir, model, data: Data, checkpoints: Checkpoints):
-        self.config, self.run_dir, self.model, self.data = config, run_dir, model, data
+    def __init__(self, config, run_dir, program: Program, data: Data, checkpoints: Checkpoints):
+        self.config, self.run_dir, self.program, self.data = config, run_dir, program, data
         self.checkpoints = checkpoints
         self.best = checkpoints.best_loss or math.inf
         self.last_validation: Score | None = None
         self.validated_at: int | None = None
+        self.validation_due = False
+        self.stop = Stop()
+        kinds = config.model.kinds
+        self.repo_layers = [i for i, kind in enumerate(kinds) if kind == "repo"]
+        self.collapse = observe.CollapseWatch(self.repo_layers)
 
-    def go(self, step, state: TrainState, batches) -> Summary:
-        """Runs the steps that are left."""
-        training = self.config.training
-        tokens_per_step = self.config.data.batch_size * self.config.data.sequence_length
-        first = done = int(state.step)
-        writer = MetricsWriter(self.run_dir, training, first)
-        bar = tqdm(
+    def go(self, state: TrainState, batches, validation_due: bool) -> Summary:
+        """Runs the steps that are left.
+
+        Args:
+          state: to start from.
+          batches: `TrainingBatches`.
+          validation_due: whether the validation of the state's step was interrupted.
+        """
+        training, main = self.config.training, distributed.is_main()
+        self.first = done = int(state.step)
+        self.timer = StepTimer()
+        self.writer = MetricsWriter(self.run_dir, training, self.first) if main else None
+        self.bar = tqdm(
             total=training.steps,
-            initial=first,
+            initial=self.first,
             unit="step",
-            disable=not (training.progress and sys.stderr.isatty()),
+            disable=not (main and training.progress and sys.stderr.isatty()),
         )
-        source = batches.iterate(first)
+        profile = observe.Profiler(self.run_dir, training.profile_steps if main else None)
+        source = batches.iterate(self.first)
         pending = None  # numbers of the step before, read while the next one runs
-        timer = _Timer()
 
         def flush():
             nonlocal pending
-            if pending is None:
-                return
-            number, metrics = pending
+            if pending is not None:
+                self._report(*pending)
             pending = None
-            values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-            self._check_finite(number, {name: values[name] for name in ("loss", "grad_norm")})
-            values.pop("targets")
-            if number % training.log_every == 0 or number in (first + 1, training.steps):
-                seconds = timer.lap(number - first)
-                values["tokens_per_second"] = seconds and tokens_per_step / seconds
-                values["step_seconds"] = seconds
-                writer.write(number, **values, tokens=number * tokens_per_step)
-                self._show(bar, number, values)
-            bar.update(1)
 
-        with _stop_on_signals() as signals:
+        with self.stop:
             try:
-                while done < training.steps and not signals:
-                    state, metrics = step(state, next(source))
-                    flush()
+                batch = self._place(next(source)) if done < training.steps else None
+                if validation_due:
+                    self._validate(state)
+                while done < training.steps and not self.stop.requested():
+                    if profile.starts_at(done + 1, self.first + 1):
+                        flush()
+                        profile.start()
+                    state, metrics = self.program.step(state, batch)
                     done += 1
-                    pending = (done, metrics)
                     finished = done == training.steps
+                    if self._looks_at_positions(done):
+                        metrics |= self._position_stats(state, batch)
+                    if not finished:
+                        batch = self._place(next(source))  # while the step runs
+                    flush()
+                    pending = (done, metrics)
+                    if profile.ends_at(done):
+                        flush()
+                        profile.stop()
                     if finished or self._due(training.validate_every, done):
                         flush()
-                        with timer.paused():
-                            self._validate(state, writer)
+                        with self.timer.paused():
+                            self._validate(state)
                     if finished or self._due(training.checkpoint_every, done):
                         flush()
-                        with timer.paused():
+                        with self.timer.paused():
                             self._save(state)
                 flush()
                 self._save(state)
                 self.checkpoints.wait()
             finally:
+                profile.stop()
                 source.close()
-                writer.close()
-                bar.close()
-        if signals:
-            print(
-                f"{signals[0]}: saved step {done} to {self.run_dir}; the same command goes on",
-                file=sys.stderr,
-            )
-        rate = timer.mean_rate()
+                self.bar.close()
+                if self.writer:
+                    self.writer.close()
+        if self.stop.reason and main:
+            saved = f"saved step {done} to {self.run_dir}"
+            print(f"{self.stop.reason}: {saved}; the same command goes on", file=sys.stderr)
+        rate = self.timer.mean_rate()
         return Summary(
-            done, done >= training.steps, self.last_validation, rate and tokens_per_step * rate
+            done, done >= training.steps, self.last_validation, rate and self._tokens * rate
         )
 
     @staticmethod
     def _due(every: int | None, step: int) -> bool:
         return every is not None and step % every == 0
+
+    @property
+    def _tokens(self) -> int:
+        """In a step."""
+        return self.config.data.batch_size * self.config.data.sequence_length
+
+    def _place(self, batch: dict[str, np.ndarray]):
+        return sharding.place_batch(self.program.mesh, batch, self.config.data.batch_size)
+
+    def _looks_at_positions(self, step: int) -> bool:
+        every = self.config.training.position_stats_every
+        return bool(self.repo_layers and every) and (step == 1 or step % every == 0)
+
+    def _position_stats(self, state: TrainState, batch) -> dict[str, jax.Array]:
+        rows = observe.rows_in_parallel(self.program.mesh)
+        return observe.position_stats(self.program.model, state.params, batch, rows)
+
+    def _report(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Reads the numbers of a step, which waits for it, and writes them where they are due."""
+        training = self.config.training
+        numbers = jax.device_get(metrics)
+        by_source = numbers.pop("ce_loss_by_source", ())
+        values = {
+            name: x.tolist() if x.ndim else x.item()
+            for name, x in numbers.items()
+            if name != "targets"
+        }
+        values |= {
+            f"loss/{name}": loss.item()
+            for name, loss in zip(self.data.source_names, by_source, strict=True)
+        }
+        self._check_finite(step, {name: values[name] for name in ("loss", "grad_norm")})
+        if "z_std" in values and self.writer:
+            self.collapse.see(step, values["z_std"])
+        due = self._due(training.log_every, step) or step in (self.first + 1, training.steps)
+        if due or "z_std" in values:
+            seconds = self.timer.lap(step - self.first)
+            values["tokens_per_second"] = seconds and self._tokens / seconds
+            values["step_seconds"] = seconds
+            self._write(step, **values, **self._mfu(seconds), tokens=step * self._tokens)
+            self._show(step, values)
+        self.bar.update(1)
+
+    def _mfu(self, seconds: float | None) -> dict[str, float | None]:
+        """Nothing where the devices' peak is not known."""
+        devices = self.program.mesh.devices
+        kind = devices.flat[0].device_kind
+        if flops.peak_flops(kind) is None:
+            return {}
+        length = self.config.data.sequence_length
+        rate = seconds and self._tokens / seconds
+        share = rate and flops.mfu(self.config.model, length, rate, devices.size, kind)
+        return {"mfu": share}
 
     def _check_finite(self, step: int, values: dict[str, float]) -> None:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
@@ -274,28 +378,42 @@ class _Run:
                 "optimizer.learning_rate or a longer optimizer.warmup_steps may help"
             )
 
-    def _validate(self, state: TrainState, writer: MetricsWriter) -> None:
+    def _validation_batches(self) -> Iterator[dict[str, jax.Array]]:
+        """On the mesh; ends early when the run is to stop."""
+        training, mesh = self.config.training, self.program.mesh
+        micro = self.config.data.batch_size // training.accumulation
+        rows = sharding.local_rows(mesh, micro)
+        for batch in self.data.validation_batches(
+            batch_size=micro, max_windows=training.validation_windows
+        ):
+            if self.stop.requested():
+                return
+            mine = {name: x[rows] for name, x in batch.items()}
+            yield sharding.place_batch(mesh, mine, micro)
+
+    def _validate(self, state: TrainState) -> None:
         """Scores held-out windows; a new best is saved at once."""
         step = int(state.step)
         if not self.data.validation or self.validated_at == step:
             return
-        training = self.config.training
-        micro = self.config.data.batch_size // training.accumulation
-        batches = self.data.validation_batches(
-            batch_size=micro, max_windows=training.validation_windows
-        )
         result = score(
-            *(self.model, state.params, batches, self.data.byte_lengths),
-            chunk=training.loss_chunk,
+            *(self.program.model, state.params, self._validation_batches()),
+            self.data.byte_lengths,
+            chunk=self.config.training.loss_chunk,
         )
+        # What is interrupted is done again when the run goes on.
+        self.validation_due = self.stop.reason is not None
+        if self.validation_due:
+            return
         self._check_finite(step, {"val_loss": result.loss})
         self.last_validation, self.validated_at = result, step
         values = {"val_loss": result.loss}
         if result.bits_per_byte is not None:
             values["val_bits_per_byte"] = result.bits_per_byte
-        writer.write(step, **values)
+        self._write(step, **values)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        tqdm.write(f"step {step}: {shown}", file=sys.stderr)
+        if self.writer:
+            tqdm.write(f"step {step}: {shown}", file=sys.stderr)
         if result.loss < self.best:
             self.best = result.loss
             self._save(state)
@@ -306,48 +424,20 @@ class _Run:
             "seed": self.config.data.seed,
             "next_step": step,
             "fingerprint": self.data.fingerprint,
+            "config": to_dict(self.config),
+            "validation_due": self.validation_due,
         }
         loss = self.last_validation.loss if self.validated_at == step else None
         self.checkpoints.save(state, data, loss)
 
-    def _show(self, bar: tqdm, step: int, values: dict[str, float]) -> None:
+    def _write(self, step: int, **values) -> None:
+        if self.writer:
+            self.writer.write(step, **values)
+
+    def _show(self, step: int, values: dict[str, float]) -> None:
         loss, rate = values["loss"], values["tokens_per_second"]
         speed = "" if rate is None else f", {rate:,.0f} tokens/s"
-        if not bar.disable:
-            bar.set_postfix_str(f"loss {loss:.3f}{speed}", refresh=False)
-        elif step % max(1, self.config.training.steps // 20) == 0:
+        if not self.bar.disable:
+            self.bar.set_postfix_str(f"loss {loss:.3f}{speed}", refresh=False)
+        elif self.writer and step % max(1, self.config.training.steps // 20) == 0:
             print(f"step {step}: loss {loss:.4f}{speed}", file=sys.stderr, flush=True)
-
-
-class _Timer:
-    """Seconds per step since the last lap; the first step, which compiles, does not count."""
-
-    def __init__(self):
-        self._lap_start: float | None = None
-        self._lap_step = 0
-        self._total = 0.0
-        self._counted = 0
-
-    def lap(self, step: int) -> float | None:
-        """Seconds per step since the lap before; None at the first."""
-        now = time.perf_counter()
-        seconds = None
-        if self._lap_start is not None and step > self._lap_step:
-            elapsed = now - self._lap_start
-            seconds = elapsed / (step - self._lap_step)
-            self._total += elapsed
-            self._counted += step - self._lap_step
-        self._lap_start, self._lap_step = now, step
-        return seconds
-
-    @contextlib.contextmanager
-    def paused(self):
-        """Time inside does not count."""
-        start = time.perf_counter()
-        yield
-        if self._lap_start is not None:
-            self._lap_start += time.perf_counter() - start
-
-    def mean_rate(self) -> float | None:
-        """Steps per second over all laps."""
-        return self._counted / self._total if self._total else None

@@ -1,12 +1,15 @@
 """Where numbers go: metrics.jsonl always, TensorBoard and Weights & Biases when asked."""
 
+import contextlib
 import importlib
 import json
 import math
 from pathlib import Path
 
 from repo_jax.config import TrainingConfig
-from repo_jax.errors import MissingPackageError
+from repo_jax.errors import MissingPackageError, TrainingError
+
+Value = float | int | None | list[float]
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -40,6 +43,8 @@ def _import_logger(package: str, option: str):
 class MetricsWriter:
     """Appends one JSON object a line, flushed at once. NaN and infinities become null.
 
+    Loggers get the numbers of a list under names of their own: `z_std/00`, `z_std/01`, ...
+
     Args:
       run_dir: of the run.
       config: says which loggers are wanted besides.
@@ -62,7 +67,7 @@ class MetricsWriter:
 
             def to_board(line):
                 for name, value in line.items():
-                    if name != "step" and value is not None:
+                    if name != "step":
                         board.add_scalar(name, value, line["step"])
 
             self._loggers.append((to_board, board.close))
@@ -73,19 +78,40 @@ class MetricsWriter:
             )
             self._loggers.append((lambda line: run.log(line, step=line["step"]), run.finish))
 
-    def write(self, step: int, **values: float) -> None:
-        """One line."""
+    def write(self, step: int, **values: Value) -> None:
+        """One line.
+
+        Raises:
+          TrainingError: it cannot be written.
+        """
         line = {"step": step, **values}
-        safe = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
-        }
-        self._file.write(json.dumps(safe) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({k: _finite(v) for k, v in line.items()}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path} cannot be written: {error.strerror}; the same command goes on from "
+                "the last checkpoint"
+            ) from error
+        scalars = {name: value for k, v in line.items() for name, value in _scalars(k, v)}
         for log, _ in self._loggers:
-            log(line)
+            log(scalars)
 
     def close(self) -> None:
         """Flushes and closes every logger."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what `write` could not write either
+            self._file.close()
         for _, close in self._loggers:
             close()
+
+
+def _finite(value: Value) -> Value:
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(name: str, value: Value) -> list[tuple[str, float | int]]:
+    if isinstance(value, list):
+        return [(f"{name}/{i:02}", one) for i, one in enumerate(value)]
+    return [] if value is None else [(name, value)]

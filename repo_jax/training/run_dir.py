@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 from repo_jax.config import TrainConfig, to_dict
 from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
+from repo_jax.training import lock
 
 # What a started run may change: none of it alters the mathematics of a step.
 _FREE = {
@@ -17,13 +19,21 @@ _FREE = {
     "data.prefetch",
     "init.checkpoint",  # read only before the first step
     "init.revision",
+    "mesh.context",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.slices",
+    "mesh.tensor",
     "model.attention",
     "model.remat",
     "training.accumulation",
+    "training.checkpoint_dir",
     "training.checkpoint_every",
     "training.keep_last",
     "training.log_every",
     "training.loss_chunk",
+    "training.position_stats_every",
+    "training.profile_steps",
     "training.progress",
     "training.schedule_steps",  # compared as the length it stands for, see _mathematics
     "training.steps",
@@ -48,7 +58,7 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _mathematics(config: TrainConfig) -> dict[str, Any]:
     flat = {k: v for k, v in _flatten(to_dict(config)).items() if k not in _FREE}
-    if not config.model.eos_ids:  # filled in from the data when the run started
+    if not config.model.eos_ids:
         del flat["model.eos_ids"]
     training = config.training
     length = training.schedule_steps or training.steps
@@ -71,19 +81,35 @@ def read_config(run_dir: Path) -> TrainConfig:
     return config
 
 
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """A config from what `config.to_dict` made, options that it does not name by default."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.yaml").write_text(yaml.safe_dump(values))
+        return read_config(Path(folder))
+
+
+def check_same(started: TrainConfig, config: TrainConfig, where: Any) -> None:
+    """Raises ConfigError unless `config` continues the run in `where`, which has `started`."""
+    ours, theirs = _mathematics(config), _mathematics(started)
+    if not config.model.eos_ids:  # filled in from the data when the run started
+        theirs.pop("model.eos_ids", None)
+    for name in dict.fromkeys([*ours, *theirs]):
+        if theirs.get(name) != ours.get(name):
+            raise ConfigError(
+                f"{name} is {ours.get(name)!r}, but the run in {where} was started with "
+                f"{theirs.get(name)!r}; keep that, or name another --run_dir"
+            )
+
+
 def check(run_dir: Path, config: TrainConfig) -> None:
     """Raises ConfigError unless `config` can start a run in `run_dir` or continue the one there."""
     if (run_dir / "config.yaml").is_file():
-        started = _mathematics(read_config(run_dir))
-        for name, value in _mathematics(config).items():
-            if started.get(name) != value:
-                raise ConfigError(
-                    f"{name} is {value!r}, but the run in {run_dir} was started with "
-                    f"{started.get(name)!r}; keep that, or name another --run_dir"
-                )
+        check_same(read_config(run_dir), config, run_dir)
     elif run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"--run_dir {run_dir} is a file; name a folder")
-    elif run_dir.is_dir() and any(p.suffix != ".tmp" for p in run_dir.iterdir()):
+    elif run_dir.is_dir() and any(
+        p.suffix != ".tmp" and p.name != lock.NAME for p in run_dir.iterdir()
+    ):
         raise ConfigError(
             f"--run_dir {run_dir} is not empty and has no config.yaml, so it is no run; "
             "name a new folder"

@@ -3,13 +3,10 @@
 import dataclasses
 import json
 import math
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -27,12 +24,24 @@ from repo_jax.data import Tokenizer, byte_tokenizer, open_data
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation.perplexity import score
 from repo_jax.modeling import RePoLM
-from repo_jax.training import command
 from repo_jax.training import run_dir as run_directory
 from repo_jax.training.checkpoints import Checkpoints, abstract_params
 from repo_jax.training.metrics import MetricsWriter, read_metrics
-from repo_jax.training.step import TrainState, create_state, make_train_step
-from tests.tiny_runs import ROOT, parse, write_config
+from repo_jax.training.step import TrainState
+from tests.tiny_runs import (
+    TrainProcess,
+    assert_same_bits,
+    assert_same_run,
+    checkpoints_of,
+    keep_programs,
+    last_checkpoint,
+    last_line,
+    lines_of,
+    parse,
+    state_of,
+    train_here,
+    write_config,
+)
 
 STEPS = 40
 SPEED = {"tokens_per_second", "step_seconds"}
@@ -43,129 +52,51 @@ def workspace(tmp_path_factory):
     """Has tiny.yaml, its corpus, and the compiled programs of the processes started here."""
     folder = tmp_path_factory.mktemp("runs")
     write_config(folder)
-    return folder
-
-
-def start(workspace: Path, run_dir: Path, *options: str) -> subprocess.Popen:
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment |= {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(workspace / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    arguments = ["--config", str(workspace / "tiny.yaml"), "--run_dir", str(run_dir), *options]
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    return output
-
-
-def wait_until(process: subprocess.Popen, condition) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert process.poll() is None, f"ended too early: {process.communicate()[0]}"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    keep_programs(folder / "programs")
+    yield folder
+    keep_programs(None)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(workspace):
     """A finished run that nothing happened to."""
     run_dir = workspace / "undisturbed"
-    output = finish(start(workspace, run_dir))
+    output = TrainProcess(workspace, run_dir).finish()
     assert f"finished at step {STEPS}" in output
     return run_dir
-
-
-def in_process(workspace: Path, run_dir: Path, *options: str) -> None:
-    command.main(["--config", str(workspace / "tiny.yaml"), "--run_dir", str(run_dir), *options])
-
-
-def checkpoints_of(run_dir: Path) -> set[str]:
-    folder = run_dir / "checkpoints"
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-
-
-def last_checkpoint(run_dir: Path) -> int:
-    return max((int(name) for name in checkpoints_of(run_dir) if name.isdigit()), default=0)
-
-
-def last_line(run_dir: Path) -> int:
-    return max((line["step"] for line in read_metrics(run_dir / "metrics.jsonl")), default=0)
-
-
-def state_of(run_dir: Path, step: int = STEPS) -> TrainState:
-    config = run_directory.read_config(run_dir)
-    abstract = abstract_params(RePoLM(config.model))
-    optimizer, _ = make_train_step(
-        RePoLM(config.model), config.optimizer, config.training, abstract
-    )
-    shapes = jax.eval_shape(lambda params: create_state(params, optimizer, 0), abstract)
-    with Checkpoints(run_dir) as checkpoints:
-        return checkpoints.restore(shapes, step)[0]
-
-
-def assert_same_bits(one, other) -> None:
-    ours, theirs = jax.tree.leaves_with_path(one), jax.tree.leaves_with_path(other)
-    assert [path for path, _ in ours] == [path for path, _ in theirs]
-    for (path, x), (_, y) in zip(ours, theirs, strict=True):
-        assert x.dtype == y.dtype, path
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), jax.tree_util.keystr(path)
-
-
-def assert_same_run(run_dir: Path, undisturbed: Path) -> None:
-    """Parameters, optimizer state, numbers and checkpoints, all as they would have been."""
-    assert_same_bits(state_of(run_dir), state_of(undisturbed))
-    numbers = [
-        [
-            {name: value for name, value in line.items() if name not in SPEED}
-            for line in read_metrics(folder / "metrics.jsonl")
-        ]
-        for folder in (run_dir, undisturbed)
-    ]
-    assert numbers[0] == numbers[1]
 
 
 # Kills and signals.
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_killed_at_any_moment_a_run_ends_in_the_same_bits(workspace, undisturbed, seed):
-    draw = random.Random(seed)
-    run_dir = workspace / f"killed-{seed}"
-    moments = ["starting", "writing", "writing", "running", "writing"]
+def test_killed_at_any_moment_a_run_ends_in_the_same_bits(workspace, undisturbed):
+    draw = random.Random(0)
+    run_dir = workspace / "killed"
+    moments = ["starting"] * 5 + ["running"] * 5 + ["writing"] * 10
+    draw.shuffle(moments)
     half_written = []
     for moment in moments:
-        before = last_checkpoint(run_dir)
-        target = before + draw.randint(1, 8)
-        process = start(workspace, run_dir)
+        target = last_checkpoint(run_dir) + draw.randint(1, 2)
+        process = TrainProcess(workspace, run_dir)
         if moment == "starting":
-            time.sleep(draw.uniform(0.2, 1.5))
+            time.sleep(draw.uniform(0.1, 1.0))
         elif moment == "running":
-            wait_until(process, lambda: last_line(run_dir) >= target)  # noqa: B023
+            process.wait_until(lambda: last_line(run_dir) >= target)  # noqa: B023
             time.sleep(draw.uniform(0.0, 0.05))
         else:
             name = f"{target}.orbax-checkpoint-tmp"
-            wait_until(process, lambda: name in checkpoints_of(run_dir))  # noqa: B023
-        assert process.poll() is None
+            process.wait_until(lambda: name in checkpoints_of(run_dir))  # noqa: B023
         process.kill()
-        process.communicate()
         left = checkpoints_of(run_dir)
         half_written += [entry for entry in left if not entry.isdigit()]
-        print(f"seed {seed}: killed while {moment}; checkpoints left: {sorted(left)}")
+        print(f"killed while {moment}; checkpoints left: {sorted(left)}")
     assert half_written, "no kill came while a checkpoint was written"
-    finish(start(workspace, run_dir))
-    assert_same_run(run_dir, undisturbed)
-    # Nor is anything left of what was half written or half deleted.
+    TrainProcess(workspace, run_dir).finish()
+    assert_same_run(run_dir, undisturbed, STEPS)
+    # That includes one batch for each step, none twice; nor is anything left of what was half
+    # written or half deleted.
+    hashes = [line["batch_hash"] for line in lines_of(run_dir) if "batch_hash" in line]
+    assert len(hashes) == len(set(hashes)) == STEPS
     assert checkpoints_of(run_dir) == checkpoints_of(undisturbed)
 
 
@@ -173,10 +104,10 @@ def test_signals_save_and_the_same_command_goes_on(workspace, undisturbed):
     run_dir = workspace / "signalled"
     stopped_at = 0
     for number in (signal.SIGTERM, signal.SIGINT):
-        process = start(workspace, run_dir, "--training.checkpoint_every", "1000")
-        wait_until(process, lambda: last_line(run_dir) > stopped_at)  # noqa: B023
-        process.send_signal(number)
-        output = finish(process)
+        process = TrainProcess(workspace, run_dir, "--training.checkpoint_every", "1000")
+        process.wait_until(lambda: last_line(run_dir) > stopped_at)  # noqa: B023
+        process.signal(number)
+        output = process.finish()
         stopped_at = last_line(run_dir)
         assert 0 < stopped_at < STEPS
         assert last_checkpoint(run_dir) == stopped_at
@@ -184,9 +115,9 @@ def test_signals_save_and_the_same_command_goes_on(workspace, undisturbed):
         assert message in output.splitlines()
         assert f"stopped at step {stopped_at}" in output
         assert "Traceback" not in output
-    output = finish(start(workspace, run_dir, "--training.checkpoint_every", "1000"))
+    output = TrainProcess(workspace, run_dir, "--training.checkpoint_every", "1000").finish()
     assert f"finished at step {STEPS}" in output
-    assert_same_run(run_dir, undisturbed)
+    assert_same_run(run_dir, undisturbed, STEPS)
 
 
 # What a run leaves behind.
@@ -199,7 +130,7 @@ def test_metrics(workspace, undisturbed):
     keys = {"step", "loss", "ce_loss", "z_loss", "grad_norm", "learning_rate", "tokens"} | SPEED
     for line in training:
         assert keys <= set(line)
-        assert line["tokens"] == line["step"] * 4 * 32
+        assert line["tokens"] == line["step"] * 8 * 32
         assert line["z_loss"] > 0
         np.testing.assert_allclose(line["loss"], line["ce_loss"] + line["z_loss"], rtol=1e-6)
         rate = 1e-2 * (1 - line["step"] / STEPS)
@@ -207,7 +138,7 @@ def test_metrics(workspace, undisturbed):
     # The first step compiles and has no speed; the others agree on theirs.
     assert training[0]["step_seconds"] is training[0]["tokens_per_second"] is None
     for line in training[1:]:
-        np.testing.assert_allclose(line["tokens_per_second"] * line["step_seconds"], 128)
+        np.testing.assert_allclose(line["tokens_per_second"] * line["step_seconds"], 256)
     assert training[-1]["learning_rate"] == 0.0
     assert training[-1]["ce_loss"] < training[0]["ce_loss"] - 1
     validation = [line for line in lines if "val_loss" in line]
@@ -340,7 +271,7 @@ def snapshot(folder: Path):
 
 def test_a_finished_run_is_left_as_it_is(workspace, undisturbed, capsys):
     before = snapshot(undisturbed)
-    in_process(workspace, undisturbed)
+    train_here(workspace, undisturbed)
     said = capsys.readouterr().err
     assert f"the run in {undisturbed} is finished; nothing is left to do" in said
     assert f"finished at step {STEPS}" in said
@@ -355,7 +286,7 @@ def test_a_finished_run_is_left_as_it_is(workspace, undisturbed, capsys):
         ("model.rope_theta", "500"),
         ("data.seed", "1"),
         ("data.sequence_length", "16"),
-        ("data.batch_size", "8"),
+        ("data.batch_size", "16"),
         ("data.document_mask", "true"),
         ("data.validation_fraction", "0.1"),
         ("optimizer.learning_rate", "0.02"),
@@ -368,7 +299,7 @@ def test_a_finished_run_is_left_as_it_is(workspace, undisturbed, capsys):
 )
 def test_changed_mathematics_is_refused_by_name(workspace, undisturbed, capsys, option, value):
     with pytest.raises(SystemExit) as ended:
-        cli.run(lambda: in_process(workspace, undisturbed, f"--{option}", value))
+        cli.run(lambda: train_here(workspace, undisturbed, f"--{option}", value))
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {option} ")
@@ -378,7 +309,7 @@ def test_changed_mathematics_is_refused_by_name(workspace, undisturbed, capsys, 
 def test_a_longer_run_is_another_schedule(workspace, undisturbed):
     message = r"training.schedule_steps \(training.steps unless given\) is 50, .* with 40"
     with pytest.raises(ConfigError, match=message):
-        in_process(workspace, undisturbed, "--training.steps", "50")
+        train_here(workspace, undisturbed, "--training.steps", "50")
 
 
 # A run that goes on beyond its schedule, which is how the recipe ends.
@@ -395,14 +326,16 @@ def test_other_options_may_change_and_the_rate_stays_zero(workspace, undisturbed
         "training.validate_every": "null",
         "training.keep_last": 1,
         "training.log_every": 2,
+        "training.position_stats_every": 7,
+        "mesh.context": 2,
         "model.remat": "full",
         "data.prefetch": 1,
         "data.cache_dir": tmp_path / "cache",
     }
     options = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
-    in_process(workspace, run_dir, *LONGER, *options)
+    train_here(workspace, run_dir, *LONGER, *options)
     after = state_of(run_dir, STEPS + 3)
-    assert_same_bits(after.params, state_of(undisturbed).params)
+    assert_same_bits(after.params, state_of(undisturbed, STEPS).params)
     lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["step"] > STEPS]
     assert {line.get("learning_rate", 0.0) for line in lines} == {0.0}
     assert [line["step"] for line in lines if "val_loss" in line] == [STEPS + 3]
@@ -420,7 +353,7 @@ def test_other_data_is_refused(workspace, undisturbed, tmp_path):
     config = (folder / "tiny.yaml").read_text().replace(str(workspace), str(folder))
     (folder / "tiny.yaml").write_text(config)
     with pytest.raises(ConfigError, match="the training data are not those that the run in"):
-        in_process(folder, run_dir, *LONGER)
+        train_here(folder, run_dir, *LONGER)
 
 
 # Failing.
@@ -429,7 +362,7 @@ def test_other_data_is_refused(workspace, undisturbed, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run(workspace, tmp_path, capsys):
     run_dir = tmp_path / "hot"
     with pytest.raises(SystemExit) as ended:
-        cli.run(lambda: in_process(workspace, run_dir, "--optimizer.learning_rate", "1e30"))
+        cli.run(lambda: train_here(workspace, run_dir, "--optimizer.learning_rate", "1e30"))
     assert ended.value.code == 1
     last = capsys.readouterr().err.splitlines()[-1]
     found = re.fullmatch(
@@ -452,7 +385,7 @@ def test_weights_that_are_not_finite_are_not_saved(workspace, tmp_path):
     run_dir = tmp_path / "hotter"
     options = ("--optimizer.learning_rate", "1e39", "--training.schedule_steps", "40")
     with pytest.raises(RuntimeError, match="val_loss is nan at step 1; there is no checkpoint"):
-        in_process(workspace, run_dir, *options, "--training.steps", "1")
+        train_here(workspace, run_dir, *options, "--training.steps", "1")
     assert checkpoints_of(run_dir) == set()
 
 
@@ -460,7 +393,7 @@ def test_a_mistake_before_the_first_step_leaves_nothing_to_undo(workspace, tmp_p
     run_dir = tmp_path / "again"
     missing = str(tmp_path / "missing")
     with pytest.raises(ConfigError, match="missing"):
-        in_process(workspace, run_dir, "--init.checkpoint", missing, "--model.d_model", "64")
+        train_here(workspace, run_dir, "--init.checkpoint", missing, "--model.d_model", "64")
     # Had the first command started a run, the change would now be refused.
     with pytest.raises(ConfigError, match="missing"):
-        in_process(workspace, run_dir, "--init.checkpoint", missing, "--model.d_model", "48")
+        train_here(workspace, run_dir, "--init.checkpoint", missing, "--model.d_model", "48")

@@ -1,0 +1,47 @@
+"""A lock on a folder, so that no two processes write one run."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from repo_jax.errors import ConfigError
+
+NAME = "lock"
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Holds the lock of `folder`. The kernel lets it go when the process ends, however it ends.
+
+    Where the file system has no locks, a line on standard error says so.
+
+    Raises:
+      ConfigError: another process holds it.
+    """
+    with (folder / NAME).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ConfigError(
+                f"{folder} is being written by {holder}; wait for it, stop it, or name "
+                "another --run_dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            print(
+                f"{folder} is on a file system without locks ({error.strerror}): see to it that "
+                "no other process writes this run",
+                file=sys.stderr,
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
