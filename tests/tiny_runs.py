@@ -88,11 +88,19 @@ class TrainProcess:
       folder: has tiny.yaml; keeps compiled programs for those that come later.
       run_dir, options: of the command line.
       devices: CPUs that JAX sees.
+      name: of the file with what it prints; None: the run directory's.
     """
 
-    def __init__(self, folder: Path, run_dir: Path, *options: str, devices: int = 1):
+    def __init__(
+        self,
+        folder: Path,
+        run_dir: Path,
+        *options: str,
+        devices: int = 1,
+        name: str | None = None,
+    ):
         arguments = ["--config", str(folder / "tiny.yaml"), "--run_dir", str(run_dir), *options]
-        self._output = folder / f"{run_dir.name}.out"
+        self._output = folder / f"{name or run_dir.name}.out"
         self._process = _SERVER.Process(
             target=_train, args=(arguments, self._output, folder / "programs", devices)
         )

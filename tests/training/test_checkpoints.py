@@ -157,7 +157,9 @@ def test_a_run_without_a_whole_checkpoint_is_not_started_anew(workspace, half):
         truncate(half / "checkpoints" / f"{step}")
     lines = lines_of(half)
     for _ in range(2):
-        with pytest.raises(TrainingError, match="no checkpoint in .* is whole; bring one back, or"):
+        with pytest.raises(
+            TrainingError, match=r"no checkpoint in .* is whole; bring one back, or"
+        ):
             train_here(workspace, half, *WHOLE)
     assert checkpoints_of(half) == {"2.corrupt", "3.corrupt"}
     assert lines_of(half) == lines
@@ -292,12 +294,17 @@ def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(tmp_path, small
         r"the checkpoint of step 2 cannot be written to .*checkpoints: File too large; the last "
         r"good one is .*checkpoints/1, and the same command goes on from there"
     )
-    with pytest.raises(TrainingError, match=message), Checkpoints(tmp_path, 1) as checkpoints:
-        checkpoints.save(small_state(**big), {}, None)
-        checkpoints.wait()
-        small_files()
-        checkpoints.save(small_state(**big).replace(step=jnp.int32(2)), {}, None)
-        checkpoints.save(small_state(**big).replace(step=jnp.int32(3)), {}, None)
+
+    def save():
+        with Checkpoints(tmp_path, 1) as checkpoints:
+            checkpoints.save(small_state(**big), {}, None)
+            checkpoints.wait()
+            small_files()
+            checkpoints.save(small_state(**big).replace(step=jnp.int32(2)), {}, None)
+            checkpoints.save(small_state(**big).replace(step=jnp.int32(3)), {}, None)
+
+    with pytest.raises(TrainingError, match=message):
+        save()
     with Checkpoints(tmp_path, 1) as checkpoints:
         assert checkpoints.latest == 1
         state, _ = checkpoints.restore_newest(small_state(**big))
@@ -306,16 +313,16 @@ def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(tmp_path, small
 
 def test_a_folder_that_cannot_be_written(workspace, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="checkpoints cannot be written to .*file/x: Not a dir"):
+    with pytest.raises(ConfigError, match=r"checkpoints cannot be written to .*file/x: Not a dir"):
         Checkpoints(tmp_path, 1, str(tmp_path / "file" / "x"))
 
 
 def test_a_second_process_is_refused(workspace, half):
-    with lock.hold(half):
-        with pytest.raises(
-            ConfigError, match=rf"half is being written by process {os.getpid()} on"
-        ):
-            train_here(workspace, half, *WHOLE)
+    with (
+        lock.hold(half),
+        pytest.raises(ConfigError, match=rf"half is being written by process {os.getpid()} on"),
+    ):
+        train_here(workspace, half, *WHOLE)
     train_here(workspace, half, *WHOLE)
     assert last_checkpoint(half) == STEPS
 

@@ -1,0 +1,110 @@
+"""Two real processes, four CPU devices each, train as one with eight does."""
+
+import contextlib
+import signal
+import socket
+
+import numpy as np
+import pytest
+
+from tests.tiny_runs import TrainProcess, last_checkpoint, last_line, lines_of, write_config
+
+STEPS = 12
+OPTIONS = [
+    *(f"--training.steps={STEPS}", "--training.validate_every=6", "--data.batch_size=8"),
+    "--model.vocab_size=258",
+    *("--mesh.fsdp=4", "--mesh.tensor=2", "--training.checkpoint_every=4"),
+]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Has tiny.yaml, its corpus, and the compiled programs of the processes started here."""
+    folder = tmp_path_factory.mktemp("hosts")
+    write_config(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(workspace):
+    """The run of one process."""
+    TrainProcess(workspace, workspace / "alone", *OPTIONS, devices=8).finish()
+    return workspace / "alone"
+
+
+class Pair:
+    """Two processes that train one run."""
+
+    def __init__(self, workspace, run_dir, *options):
+        with contextlib.closing(socket.socket()) as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        self.processes = [
+            TrainProcess(
+                workspace,
+                run_dir,
+                *(*OPTIONS, *options, "--coordinator", address),
+                *("--num_processes", "2", "--process_id", str(i)),
+                devices=4,
+                name=f"{run_dir.name}-{i}",
+            )
+            for i in range(2)
+        ]
+
+    def wait_until(self, condition):
+        self.processes[0].wait_until(condition)
+
+    def finish(self):
+        return [process.finish() for process in self.processes]
+
+
+def assert_same_course(run_dir, alone):
+    """The same batches in the same order, and the same numbers but for rounding."""
+    ours, theirs = lines_of(run_dir), lines_of(alone)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys()
+        assert one.get("batch_hash") == other.get("batch_hash")
+        for name in {"loss", "val_loss", "grad_norm"} & one.keys():
+            np.testing.assert_allclose(one[name], other[name], rtol=1e-5, err_msg=name)
+
+
+def test_two_processes_train_as_one(workspace, alone):
+    run_dir = workspace / "pair"
+    first, second = Pair(workspace, run_dir).finish()
+    assert f"finished at step {STEPS}" in first
+    assert "step" not in second  # one process speaks for all
+    assert_same_course(run_dir, alone)
+
+
+def test_killed_they_go_on_as_one_process_in_the_same_order(workspace, alone):
+    run_dir = workspace / "killed-pair"
+    pair = Pair(workspace, run_dir)
+    pair.wait_until(lambda: last_checkpoint(run_dir) >= 4)
+    for process in pair.processes:
+        process.kill()
+    assert last_line(run_dir) < STEPS
+    TrainProcess(workspace, run_dir, *OPTIONS, devices=8).finish()
+    assert_same_course(run_dir, alone)
+
+
+def test_a_notice_to_one_process_stops_both_at_the_same_step(workspace, alone):
+    run_dir = workspace / "preempted"
+    pair = Pair(workspace, run_dir, "--training.checkpoint_every=1000")
+    pair.wait_until(lambda: last_line(run_dir) >= 1)
+    pair.processes[1].signal(signal.SIGTERM)
+    first, _ = pair.finish()
+    stopped_at = last_checkpoint(run_dir)
+    assert 0 < stopped_at < STEPS
+    assert f"saved step {stopped_at} to {run_dir}; the same command goes on" in first
+    Pair(workspace, run_dir).finish()
+    assert_same_course(run_dir, alone)
+
+
+def test_a_mistake_in_the_run_directory_stops_both(workspace):
+    run_dir = workspace / "no-run"
+    run_dir.mkdir()
+    (run_dir / "notes.txt").write_text("mine")
+    outputs = [process.finish(code=2) for process in Pair(workspace, run_dir).processes]
+    assert all("is not empty and has no config.yaml" in output for output in outputs)
+    assert all("Traceback" not in output for output in outputs)
