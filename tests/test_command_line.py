@@ -115,7 +115,7 @@ OPTIONS = [
     (["--model.n_kv_heads", "3"], "model.n_kv_heads is 3; it must divide model.n_heads (2)"),
     (
         ["--training.accumulation", "3"],
-        "training.accumulation is 3; it must divide data.batch_size (4)",
+        "training.accumulation is 3; it must divide data.batch_size (8)",
     ),
     (
         ["--optimizer.rates", '{"f_phi.*": 2}'],
