@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from repo_jax.errors import ConfigError
 
-PositionKind = Literal["rope", "nope", "repo"]
-Preset = Literal["rope", "nope", "r2n1", "n2r1", "repo"]
+PositionKind = Literal["rope", "nope", "repo", "cope"]
+Preset = Literal["rope", "nope", "r2n1", "n2r1", "repo", "cope"]
 RematPolicy = Literal["none", "full", "attention", "dots"]
 AttentionName = Literal["xla", "pallas_tpu", "pallas_gpu", "cudnn", "reference"]
 Dtype = Literal["float32", "bfloat16"]
@@ -52,13 +52,15 @@ class PositionConfig:
     Attributes:
       preset: `rope`, integer positions in all layers; `nope`, none; `r2n1`, of every
         three layers two RoPE then one NoPE; `n2r1`, the opposite; `repo`, RoPE below
-        `start_layer` and learned positions from there on (paper 4.1).
-      layers: one kind per layer, overriding the preset.
+        `start_layer` and learned positions from there on (paper 4.1); `cope`, in all layers
+        CoPE (arXiv 2405.18719), by which a query counts keys, in O(T^2) time without kernels.
+      layers: one kind per layer, overriding the preset; `cope` for all layers or none.
       start_layer: first RePo layer of the `repo` preset, 0-based. None: ceil(L / 3) - 1.
       f_phi: `swiglu`, r = silu(h W_g) * (h W_c) and z = r W_z (eq. 4, 5); `linear`, z = h W.
       heads: columns of z: `kv`, one per key/value head (for MHA this is the paper);
         `query`, one per query head; `shared`, one for the layer.
       d_position: width of r. None: d_model / 8.
+      cope_positions: positions that CoPE tells apart; a key further off stands at the last.
     """
 
     preset: Preset = "repo"
@@ -67,16 +69,23 @@ class PositionConfig:
     f_phi: Literal["swiglu", "linear"] = "swiglu"
     heads: Literal["kv", "query", "shared"] = "kv"
     d_position: int | None = None
+    cope_positions: int = 4096
 
     def __post_init__(self):
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
             for kind in self.layers:
                 _require(
-                    kind in ("rope", "nope", "repo"),
-                    f"positions.layers names {kind!r}; each must be rope, nope or repo",
+                    kind in ("rope", "nope", "repo", "cope"),
+                    f"positions.layers names {kind!r}; each must be rope, nope, repo or cope",
                 )
-        _positive(self, "positions", "d_position")
+            others = sorted(set(self.layers) - {"cope"})
+            _require(
+                "cope" not in self.layers or not others,
+                f"positions.layers has cope and {' and '.join(others)}; cope must be the kind of "
+                "all layers or of none",
+            )
+        _positive(self, "positions", "d_position", "cope_positions")
 
     def kinds(self, n_layers: int) -> tuple[PositionKind, ...]:
         """The kind of each of `n_layers` layers."""
@@ -98,6 +107,7 @@ class PositionConfig:
         pattern = {
             "rope": ("rope",),
             "nope": ("nope",),
+            "cope": ("cope",),
             "r2n1": ("rope", "rope", "nope"),
             "n2r1": ("nope", "nope", "rope"),
         }[self.preset]
@@ -567,8 +577,16 @@ class EvalConfig:
         empty: the run's sequence length and its halves and doubles.
       batch_tokens: tokens in a batch.
       max_tokens: of the text that are read; None: all.
-      output: a JSON file; None: in the run directory, or printed only.
+      output: a JSON file; None: in the run directory, or printed only. With `tasks`, a folder
+        to make `evaluation/` in; None: the run directory.
       dtype: of activations.
+      tasks: instead of perplexity: suites (noisy, structured, long, general) and tasks of
+        lm-eval, with commas between.
+      tasks_dir: a folder of task files of your own, in lm-eval's format.
+      data_dir: a folder of data sets; see docs/11-evaluation.md.
+      limit: examples of each task; None: all.
+      num_fewshot: examples before each question; None: as the suite or the task says.
+      published_scoring: scores NLGraph as upstream does, which takes silence for a no.
     """
 
     run: str | None = None
@@ -583,17 +601,35 @@ class EvalConfig:
     max_tokens: int | None = 1_000_000
     output: str | None = None
     dtype: Dtype = "float32"
+    tasks: tuple[str, ...] | str = ()
+    tasks_dir: str | None = None
+    data_dir: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    published_scoring: bool = False
 
     def __post_init__(self):
         for name in ("text", "tokens"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        tasks = self.tasks.split(",") if isinstance(self.tasks, str) else self.tasks
+        object.__setattr__(self, "tasks", tuple(filter(None, (task.strip() for task in tasks))))
+        for name in ("tasks_dir", "data_dir", "limit", "num_fewshot"):
+            given = getattr(self, name) is not None
+            _require(self.tasks or not given, f"--{name} needs --tasks")
+        for name in ("text", "tokens"):
+            given = bool(getattr(self, name))
+            _require(not (self.tasks and given), f"--tasks and --{name} exclude each other")
         object.__setattr__(self, "context_lengths", tuple(self.context_lengths))
         _require(
             (self.run is None) != (self.model is None),
             "give one of --run (a run directory) and --model (a folder or hub id)",
         )
-        _positive(self, "eval", "batch_tokens", "max_tokens")
+        _positive(self, "eval", "batch_tokens", "max_tokens", "limit")
+        _require(
+            self.num_fewshot is None or self.num_fewshot >= 0,
+            f"eval.num_fewshot is {self.num_fewshot}; it must be 0 or more",
+        )
         for length in self.context_lengths:
             _require(
                 1 < length <= self.batch_tokens,

@@ -94,7 +94,7 @@ OPTIONS = [
     (
         ["--model.positions.layers", "[rope, reppo]"],
         "model.positions.layers is ['rope', 'reppo']; it must be list[one of 'rope', 'nope', "
-        "'repo'] or null",
+        "'repo', 'cope'] or null",
     ),
     (
         ["--model.positions.start_layer", "2"],

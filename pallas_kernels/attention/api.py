@@ -218,7 +218,9 @@ def rotary_attention(
         call = lambda module: importlib.import_module(module).attend(
             q, k, v, mask, scale=H**-0.5 if scale is None else scale
         )
-        return dispatch.first_able(implementation, automatic(), IMPLEMENTATIONS, call)
+        # A decoding step uses each key once: a kernel has nothing to gain from keeping blocks.
+        order = ("xla",) if T == 1 else automatic()
+        return dispatch.first_able(implementation, order, IMPLEMENTATIONS, call)
 
     if length:
         # The gathered keys are as large as if nothing were split, so the backward pass gathers

@@ -46,8 +46,8 @@ def _part(x, start, size: int, axis: int):
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
-def _dot(a, b):
-    dot = lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32)
+def _dot(a, b, product=jnp.matmul):
+    dot = functools.partial(product, preferred_element_type=jnp.float32)
     if a.dtype == b.dtype == jnp.float32:
         return dot(a, b)
     # jaxlib 0.10.2's CPU runtime refuses some bf16 products with fp32 results.
@@ -261,6 +261,26 @@ def _block(length: int, most: int) -> int:
     return -(-length // (8 * n)) * 8
 
 
+def _attend_one(q_B1NH, k_BSKH, v_BSKH, mask, scale):
+    """`attend` for one query a row, as in decoding: the keys once, and nothing in blocks."""
+    B, _, K, H = k_BSKH.shape
+    flat = lambda x_BSKH: x_BSKH.swapaxes(1, 2).reshape(B * K, -1, H)
+    q_RGH = (q_B1NH * scale).astype(q_B1NH.dtype).reshape(B * K, -1, H)
+    s_RGS = _dot(q_RGH, flat(k_BSKH), functools.partial(jnp.einsum, "RGH,RSH->RGS"))
+    visible = mask["index"] <= mask["limit"]
+    if "q_segment" in mask:
+        visible &= mask["q_segment"] == mask["kv_segment"]
+    visible = jnp.broadcast_to(visible, (B, visible.shape[1]))
+    s_RGS = jnp.where(jnp.repeat(visible, K, axis=0)[:, None], s_RGS, -jnp.inf)
+    m = jax.lax.stop_gradient(_finite(s_RGS.max(-1, keepdims=True)))
+    p = jnp.exp(s_RGS - m)
+    sees = (l := p.sum(-1, keepdims=True)) > 0
+    l = jnp.where(sees, l, 1.0)
+    out = _dot((p / l).astype(v_BSKH.dtype), flat(v_BSKH))
+    lse = jnp.where(sees, m + jnp.log(l), -jnp.inf)
+    return out.astype(q_B1NH.dtype).reshape(q_B1NH.shape), lse.reshape(B, -1, 1)
+
+
 def attend(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, blocks: BlockSizes | None = None):
     """softmax(scale q k^T) v under `mask`, and its logsumexp.
 
@@ -275,6 +295,9 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, blocks: BlockSizes | None = N
       that see nothing. Differentiable in q, k, v, by either output.
     """
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    if T == 1 and blocks is None:
+        arrays = mask.arrays(T, S) if isinstance(mask, masks.Default) else mask
+        return _attend_one(q_BTNH, k_BSKH, v_BSKH, arrays, scale)
     most = blocks or default_blocks()
     cq, ck = _block(T, most.query), _block(S, most.key)
     whole_T, whole_S = -(-T // cq) * cq, -(-S // ck) * ck

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from repo_jax import cli
 from repo_jax.config import DataConfig, EvalConfig
 from repo_jax.data import Data, Tokenizer, ValidationBatches, open_data, open_text, trim_tokens
-from repo_jax.errors import ConfigError
+from repo_jax.errors import ConfigError, MissingPackageError
 from repo_jax.evaluation.perplexity import Score, score
 from repo_jax.modeling import RePoLM
 
@@ -110,21 +110,57 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _compare(arguments: Sequence[str]) -> None:
+    from repo_jax.evaluation.harness import compare
+
+    config, options = cli.parse(
+        compare.CompareConfig, "eval.py --compare", compare.__doc__, arguments, _add_compare
+    )
+    result = compare.compare(*options.compare, resamples=config.resamples, seed=config.seed)
+    print(compare.table(result))
+    if config.output is not None:
+        _write(Path(config.output), result)
+
+
+def _add_compare(parser) -> None:
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="Alone: two run directories that --tasks was done for; differences of scores.",
+    )
+
+
+def _evaluate_tasks(config: EvalConfig) -> None:
+    try:
+        from repo_jax.evaluation.harness import run
+    except ImportError as error:
+        raise MissingPackageError(error.name or "lm_eval", "--tasks", "eval") from None
+    print(run.table(run.evaluate_tasks(config)))
+
+
+def _write(output: Path, report: dict[str, Any]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {output}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table and writes the JSON."""
-    config, _ = cli.parse(
-        EvalConfig, "eval.py", "Loss, perplexity and bits per byte on held-out text.", arguments
-    )
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "--compare" in arguments:
+        return _compare(arguments)
+    about = "Loss, perplexity and bits per byte on held-out text, or scores on tasks."
+    config, _ = cli.parse(EvalConfig, "eval.py", about, arguments, _add_compare)
+    if config.tasks:
+        return _evaluate_tasks(config)
     output = config.output
     if output is None and config.run is not None:
         output = Path(config.run) / "evaluation" / "perplexity.json"
     report = evaluate(config)
     print(table(report))
     if output is not None:
-        output = Path(output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"written to {output}", file=sys.stderr)
+        _write(Path(output), report)
 
 
 def run() -> None:

@@ -1,5 +1,6 @@
 """Text from a model."""
 
-from repo_jax.inference.sampling import generate
+from repo_jax.inference.generator import Completion, Generator, generate
+from repo_jax.inference.sampling import Sampling
 
-__all__ = ["generate"]
+__all__ = ["Completion", "Generator", "Sampling", "generate"]

@@ -8,7 +8,8 @@ import numpy as np
 from pallas_kernels import Partition, rotary_attention, rotate
 from pallas_kernels.attention.api import rotation_for
 from repo_jax.config import DecoderConfig
-from repo_jax.modeling.layers import RMSNorm, linear
+from repo_jax.modeling.cope import cope_attention
+from repo_jax.modeling.layers import RMSNorm, init_weights, linear
 from repo_jax.modeling.rope import rotary_frequencies
 from repo_jax.sharding import parts, split_axes
 
@@ -31,9 +32,17 @@ class Attention(nn.Module):
     """OLMo-2 attention: q and k are normed over their full width, then rotated.
 
     Positions decide the rotation only; what a token sees is decided by index and document.
+    Where Flax's collection `cache` has a `cache.LayerCache` under the name `layer`, keys and
+    values are written there, and what it holds is seen.
+
+    Attributes:
+      config: of the model.
+      cope: no rotation, but `cope.cope_attention`, whose kernel is the parameter
+        `position_kernel` [H, P].
     """
 
     config: DecoderConfig
+    cope: bool = False
 
     @nn.compact
     def __call__(
@@ -79,13 +88,36 @@ class Attention(nn.Module):
             implementation=rotation_for(c.attention),
             **kernel,
         )
-        out_BTNH = rotary_attention(
-            *(q_BTNH, k_BTKH, v_BTKH, later, later),
+        kv_index = index
+        if self.has_variable("cache", "layer"):
+            if in_attention:
+                group = c.n_heads // c.n_kv_heads
+                k_BTKH, v_BTKH = (jnp.repeat(x, group, axis=2) for x in (k_BTKH, v_BTKH))
+                q_BTNH, k_BTKH = rotate(q_BTNH, k_BTKH, later, later, **kernel)
+                later = None
+            cache = self.get_variable("cache", "layer").write(k_BTKH, v_BTKH)
+            self.put_variable("cache", "layer", cache)
+            k_BTKH, v_BTKH = cache.read()
+            kv_index = cache.index
+        visible = dict(
             q_segment_ids=segment_ids,
             kv_segment_ids=segment_ids,
             q_index=index,
-            kv_index=index,
-            implementation=c.attention,
-            **kernel,
+            kv_index=kv_index,
         )
+        if self.cope:
+            position_kernel = self.param(
+                *("position_kernel", init_weights(c.init_std, (None, "position"))),
+                *((c.head_dim, c.positions.cope_positions), jnp.dtype(c.param_dtype)),
+            )
+            out_BTNH = cope_attention(
+                *(q_BTNH, k_BTKH, v_BTKH, position_kernel), scale=c.head_dim**-0.5, **visible
+            )
+        else:
+            out_BTNH = rotary_attention(
+                *(q_BTNH, k_BTKH, v_BTKH, later, later),
+                implementation=c.attention,
+                **visible,
+                **kernel,
+            )
         return linear(c, (c.d_model,), ("heads", None, "embed"), inputs=2, name="out")(out_BTNH)

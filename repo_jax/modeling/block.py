@@ -37,7 +37,7 @@ def layer_positions(
     f_phi: x_BTD -> z, called for `repo` only.
     index: as in `RePoLM.hidden`.
     """
-    if kind == "nope":
+    if kind in ("nope", "cope"):
         return None
     index_BT = jnp.atleast_2d(jnp.arange(x_BTD.shape[1]) if index is None else index)
     index_BT1 = jnp.broadcast_to(index_BT.astype(jnp.float32)[:, :, None], (*x_BTD.shape[:2], 1))
@@ -57,7 +57,8 @@ class DecoderBlock(nn.Module):
 
     Attributes:
       config: of the model.
-      kind: `rope`, integer positions; `nope`, none; `repo`, learned; `given`, by the caller.
+      kind: `rope`, integer positions; `nope`, none; `repo`, learned; `cope`, counted by each
+        query in attention; `given`, by the caller.
     """
 
     config: DecoderConfig
@@ -85,13 +86,15 @@ class DecoderBlock(nn.Module):
           index: as in `RePoLM.hidden`.
 
         Returns:
-          The new x, and the positions used: float32 [B, T, P], None for `nope`.
+          The new x, and the positions used: float32 [B, T, P], None for `nope`
+          and `cope`.
         """
         c = self.config
         if self.kind != "given":
             f_phi = lambda x: repositioning(c, name="repositioning")(x)
             positions = layer_positions(self.kind, x_BTD, index_weight, f_phi, index)
-        attended = Attention(c, name="attention")(x_BTD, positions, segment_ids, rotates, index)
+        attention = Attention(c, cope=self.kind == "cope", name="attention")
+        attended = attention(x_BTD, positions, segment_ids, rotates, index)
         x_BTD = x_BTD + RMSNorm(c, ("norm",), name="attention_norm")(attended)
         x_BTD = x_BTD + RMSNorm(c, ("norm",), name="mlp_norm")(MLP(c, name="mlp")(x_BTD))
         return nn.with_logical_constraint(x_BTD, ("batch", "length", None)), positions

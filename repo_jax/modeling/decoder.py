@@ -46,7 +46,8 @@ def _init_layers(rng: jax.Array, config: DecoderConfig):
         return meta.add_axis(init(jax.random.split(rng, n)), 0, {nn.PARTITION_NAME: "layers"})
 
     block_rng, f_phi_rng = jax.random.split(rng)
-    params = stack(DecoderBlock(config, "rope", parent=None), block_rng, config.n_layers)
+    kind = "cope" if "cope" in config.kinds else "rope"
+    params = stack(DecoderBlock(config, kind, parent=None), block_rng, config.n_layers)
     n_repo = config.kinds.count("repo")
     if n_repo:
         params["repositioning"] = stack(repositioning(config, parent=None), f_phi_rng, n_repo)
@@ -151,10 +152,10 @@ class RePoLM(nn.Module):
         x_BTD, positions = jax.lax.scan(layer, x_BTD, (layers, f_phi, which))
         if not keep_positions:
             return x_BTD, None
-        if positions is None:  # every layer is `nope`
+        if positions is None:  # every layer is `nope`, or every one `cope`
             positions = jnp.zeros((c.n_layers, *tokens_BT.shape, 1))
-        nope = jnp.array([kind == "nope" for kind in c.kinds])[:, None, None, None]
-        positions = jnp.where(nope, jnp.nan, positions)
+        none = jnp.array([kind in ("nope", "cope") for kind in c.kinds])[:, None, None, None]
+        positions = jnp.where(none, jnp.nan, positions)
         positions = jnp.repeat(positions, c.n_heads // positions.shape[-1], -1)
         return x_BTD, positions.transpose(1, 0, 3, 2)
 
@@ -225,6 +226,6 @@ def capture_positions(
 
     Returns:
       float32 [B, L, N, T], before YaRN, repeated to the N query heads; the index in RoPE
-      layers and NaN in NoPE layers.
+      layers and NaN in NoPE and CoPE layers.
     """
     return model.apply({"params": params}, tokens_BT, segment_ids, index_weight, method="positions")

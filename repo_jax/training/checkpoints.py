@@ -23,6 +23,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from repo_jax import distributed
+from repo_jax.config import RopeScaling
 from repo_jax.errors import ConfigError, MissingPackageError, TrainingError
 from repo_jax.modeling import RePoLM, abstract_params
 from repo_jax.training.run_dir import read_config
@@ -448,13 +449,16 @@ def _check_shapes(path: epath.Path, stored, abstract) -> None:
             )
 
 
-def load_run(run_dir: str | Path, step: int | str = "latest") -> tuple[RePoLM, dict]:
+def load_run(
+    run_dir: str | Path, step: int | str = "latest", rope_scaling: RopeScaling | None = None
+) -> tuple[RePoLM, dict]:
     """The model of a run and its parameters.
 
     Args:
       run_dir: where train.py wrote.
       step: `latest`, `best` (lowest validation loss) or a number. If the newest is damaged,
         `latest` says so and takes the one before.
+      rope_scaling: YaRN instead of what the run has. None: what it has.
 
     Returns:
       The model, and its plain dict of arrays in the run's `param_dtype`.
@@ -462,7 +466,9 @@ def load_run(run_dir: str | Path, step: int | str = "latest") -> tuple[RePoLM, d
     Raises:
       ConfigError: no run, or no such checkpoint, or it is damaged.
     """
-    return load_run_step(run_dir, step)[:2]
+    model, params, _ = load_run_step(run_dir, step)
+    scaling = rope_scaling or model.config.rope_scaling
+    return RePoLM(dataclasses.replace(model.config, rope_scaling=scaling)), params
 
 
 def load_run_step(run_dir: str | Path, step: int | str = "latest") -> tuple[RePoLM, dict, int]:

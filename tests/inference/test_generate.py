@@ -168,4 +168,4 @@ def test_the_command_continues_a_prompt(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.run(lambda: command.main(["--prompt", "abc", *options, "--top_p", "3"]))
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "error: top_p is 3.0, which is out of range\n"
+    assert capsys.readouterr().err == "error: --top_p is 3.0; it must be above 0 and at most 1\n"

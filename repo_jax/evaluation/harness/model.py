@@ -1,0 +1,441 @@
+"""The model that lm-eval asks: `repo_jax`."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from repo_jax.config import RopeScaling, to_dict
+from repo_jax.data import Tokenizer
+from repo_jax.errors import ConfigError
+from repo_jax.evaluation.harness.cache import RequestCache
+from repo_jax.inference.generator import Generator
+from repo_jax.inference.sampling import Sampling
+from repo_jax.modeling import RePoLM
+
+# Logits exist for so many positions at a time.
+_CHUNK = 1024
+# What generation keeps of each row at least, however short.
+_LEAST_SLOTS = 512
+
+_MODEL_ARGS = (
+    *("run", "pretrained", "step", "revision", "tokenizer", "dtype", "batch_tokens"),
+    *("max_length", "rope_factor", "rope_original_length", "cache"),
+)
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model, and where it came from."""
+
+    model: RePoLM
+    params: Any
+    step: int | None
+
+
+def tokenizer_folder(run: str | None, model: str | None, revision: str | None = None) -> Path:
+    """Where the tokenizer of a run or a model is."""
+    from repo_jax.interop.hub import locate
+
+    return Path(run) if run is not None else locate(model, revision)
+
+
+def load(
+    run: str | None,
+    model: str | None,
+    *,
+    step: str = "latest",
+    revision: str | None = None,
+    dtype: str = "float32",
+) -> Loaded:
+    """Reads a run or a model, for activations in `dtype`."""
+    if run is not None:
+        from repo_jax.training.checkpoints import load_run_step
+
+        lm, params, found = load_run_step(run, step)
+    else:
+        from repo_jax.interop import from_pretrained
+
+        (lm, params), found = from_pretrained(tokenizer_folder(run, model, revision)), None
+    return Loaded(RePoLM(dataclasses.replace(lm.config, dtype=dtype)), params, found)
+
+
+@register_model("repo_jax")
+class RepoJaxLM(TemplateLM):
+    """A RePo model behind lm-eval's interface.
+
+    Requests are sorted by length and batched in few shapes: lengths are rounded up to
+    2^k or 1.5 * 2^k. What is right of a row's end is seen by nothing, the mask being causal.
+
+    Args:
+      model, params: as `from_pretrained` or `load_run` returns them.
+      tokenizer: its eos stands before a text that has no context.
+      batch_tokens: tokens in a batch, padding included.
+      max_length: tokens the model may see, what it generates included; longer contexts lose
+        their beginning. None: what it was trained on, times the YaRN factor.
+      cache: of answers, for evaluations that are stopped and started again.
+    """
+
+    def __init__(
+        self,
+        model: RePoLM,
+        params: Any,
+        tokenizer: Tokenizer,
+        *,
+        batch_tokens: int = 16_384,
+        max_length: int | None = None,
+        cache: RequestCache | None = None,
+    ):
+        super().__init__()
+        scaling = model.config.rope_scaling
+        trained = model.config.max_length
+        reach = trained if scaling is None else int(scaling.factor * scaling.original_length)
+        self.max_length = reach if max_length is None else max_length
+        self._model, self._params, self._tokenizer = model, params, tokenizer
+        self._batch_tokens, self._cache = batch_tokens, cache
+
+    def scaled(self, rope_scaling: RopeScaling | None, max_length: int | None) -> "RepoJaxLM":
+        """The same parameters with another YaRN factor and length."""
+        config = dataclasses.replace(self._model.config, rope_scaling=rope_scaling)
+        lm = RepoJaxLM(
+            *(RePoLM(config), self._params, self._tokenizer),
+            batch_tokens=self._batch_tokens,
+            max_length=max_length,
+            cache=self._cache,
+        )
+        lm.__dict__["_parameters"] = self._parameters
+        return lm
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None):
+        """As `lm_eval --model_args run=DIR,batch_tokens=8192` asks for it."""
+        from lm_eval.utils import simple_parse_args_string
+
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None):
+        """`create_from_arg_string`, parsed. lm-eval's batch size and device are not used."""
+        for name in arg_dict:
+            if name not in _MODEL_ARGS:
+                known = ", ".join(_MODEL_ARGS)
+                raise ConfigError(f"model_args has {name}; the model repo_jax takes {known}")
+        given = {name: arg_dict.get(name) for name in _MODEL_ARGS}
+        run, model = given["run"], given["pretrained"]
+        if (run is None) == (model is None):
+            raise ConfigError("model_args needs one of run=DIR and pretrained=DIR_OR_HUB_ID")
+        folder = given["tokenizer"] or tokenizer_folder(run, model, given["revision"])
+        tokenizer = Tokenizer.load(folder)
+        loaded = load(
+            *(run, model),
+            step=str(given["step"] or "latest"),
+            revision=given["revision"],
+            dtype=given["dtype"] or "float32",
+        )
+        config = loaded.model.config
+        if given["rope_factor"] is not None:
+            original = given["rope_original_length"] or config.max_length
+            scaling = RopeScaling(float(given["rope_factor"]), original)
+            config = dataclasses.replace(config, rope_scaling=scaling)
+        return cls(
+            *(RePoLM(config), loaded.params, tokenizer),
+            batch_tokens=given["batch_tokens"] or 16_384,
+            max_length=given["max_length"],
+            cache=given["cache"] and RequestCache(given["cache"]),
+        )
+
+    @functools.cached_property
+    def _parameters(self) -> list:
+        return jax.device_get(_hash_leaves(self._params)).tolist()
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        return Generator(self._model, self._params)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A digest of all that decides an answer: parameters, config, tokenizer, length."""
+        config = to_dict(self._model.config)
+        for name in ("attention", "remat"):
+            del config[name]
+        tokenizer = hashlib.sha256(self._tokenizer.to_json().encode()).hexdigest()
+        parts = [self._parameters, config, tokenizer, self._tokenizer.eos_id, self.max_length]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that ends a document, and stands before one."""
+        return self._tokenizer.eos_id
+
+    @property
+    def max_gen_toks(self) -> int:
+        """New tokens where a task does not say how many."""
+        return 256
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For lm-eval's records."""
+        return "repo_jax"
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs
+    ) -> list[int]:
+        """The ids of a text, nothing added."""
+        return self._tokenizer.encode(string)
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """See lm-eval. An empty context is one eos."""
+        score = lambda todo: super(RepoJaxLM, self).loglikelihood(todo, disable_tqdm=True)
+        answers = self._remembered("loglikelihood", requests, score)
+        return [(float(logprob), bool(greedy)) for logprob, greedy in answers]
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs):
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        answers: list = [None] * len(pairs)
+        for i, answer in self._score(pairs):
+            answers[i] = answer
+            self._remember("loglikelihood", requests[i][0], answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Sums over the tokens of each text, each predicted once.
+
+        Windows are lm-eval's: `max_length` targets each, with one token of context, the first
+        being eos; the last window is filled up with context.
+        """
+        return self._remembered("loglikelihood_rolling", requests, self._roll)
+
+    def _roll(self, requests) -> list[float]:
+        pairs, owners = [], []
+        for i, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            for window in windows:
+                pairs.append(make_disjoint_window(window))
+                owners.append(i)
+        sums, left = [0.0] * len(requests), np.bincount(owners, minlength=len(requests))
+        for at, (logprob, _) in self._score(pairs):
+            i = owners[at]
+            sums[i] += logprob
+            left[i] -= 1
+            if not left[i]:
+                self._remember("loglikelihood_rolling", requests[i].args, sums[i])
+        return sums
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to `until`, which is not part of them.
+
+        Of `gen_kwargs`: until, max_gen_toks, do_sample, temperature, top_k, top_p, min_p,
+        repetition_penalty, seed. Another name is a ConfigError.
+        """
+        return self._remembered("generate_until", requests, self._generate)
+
+    def _generate(self, requests) -> list[str]:
+        groups: dict[str, list[int]] = {}
+        options = [_generation_options(request.args[1], self.max_gen_toks) for request in requests]
+        prompts = []
+        for i, (request, (_, sampling)) in enumerate(zip(requests, options, strict=True)):
+            room = self.max_length - sampling["max_new_tokens"]
+            if room < 1:
+                raise ConfigError(
+                    f"a task generates {sampling['max_new_tokens']} tokens, which leaves no "
+                    f"room for a prompt in max_length, {self.max_length}"
+                )
+            context = self.tok_encode(request.args[0]) or [self.prefix_token_id]
+            prompts.append(context[-room:])
+            groups.setdefault(json.dumps(options[i]), []).append(i)
+        texts = [""] * len(requests)
+        with _progress(len(requests), "generate") as shown:
+            for group in groups.values():
+                until, sampling = options[group[0]]
+                for i, text in self._continue({i: prompts[i] for i in group}, until, sampling):
+                    texts[i] = text
+                    if not sampling["temperature"]:
+                        self._remember("generate_until", requests[i].args, text)
+                    shown.update()
+        return texts
+
+    def _continue(self, prompts, until, sampling) -> Iterator[tuple[int, str]]:
+        """Index and text of each of `prompts`, index to ids, as batches are done."""
+        given = dict(sampling)
+        new, seed = given.pop("max_new_tokens"), given.pop("seed", 0)
+        try:
+            drawn = Sampling(**given)
+        except ValueError as error:
+            raise ConfigError(f"generation_kwargs: {error}") from None
+        lengths = {i: len(prompt) + new for i, prompt in prompts.items()}
+        for rows, _, _ in _batches(lengths, self._batch_tokens, 1, _LEAST_SLOTS):
+            completions = self._generator.complete(
+                [prompts[i] for i in rows],
+                max_new_tokens=new,
+                sampling=drawn,
+                seed=seed,
+                eos_ids=(self.eot_token_id, *self._model.config.eos_ids),
+                stop_strings=until,
+                tokenizer=self._tokenizer,
+            )
+            for i, completion in zip(rows, completions, strict=True):
+                text = self._tokenizer.decode(completion.ids)
+                cuts = [text.find(stop) for stop in until if stop in text]
+                yield i, text[: min(cuts)] if cuts else text
+
+    def _score(self, pairs) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """Index, log-probability and whether it is the greedy one, for (context, continuation)."""
+        tokens, counts = [], []
+        for context, continuation in pairs:
+            if len(continuation) > self.max_length:
+                start = self._tokenizer.decode(continuation[:12])
+                raise ConfigError(
+                    f"a continuation has {len(continuation)} tokens (it begins {start!r}); "
+                    f"max_length is {self.max_length}, and only contexts can be cut"
+                )
+            # A context of spaces is none: lm-eval gives them to the continuation.
+            context = context or [self.prefix_token_id]
+            tokens.append([*context, *continuation][-(self.max_length + 1) :])
+            counts.append(len(continuation))
+        lengths = {i: len(row) - 1 for i, row in enumerate(tokens) if counts[i]}
+        yield from ((i, (0.0, True)) for i, count in enumerate(counts) if not count)
+        with _progress(len(lengths), "score") as shown:
+            for rows, width, size in _batches(lengths, self._batch_tokens):
+                wide = max(8, _round_up(max(counts[i] for i in rows), steps=1))
+                inputs = np.zeros((size, width), np.int32)
+                at, targets = np.zeros((2, size, wide), np.int32)
+                for row, i in enumerate(rows):
+                    n, count = lengths[i], counts[i]
+                    inputs[row, :n] = tokens[i][:-1]
+                    at[row, :count] = np.arange(n - count, n)
+                    targets[row, :count] = tokens[i][-count:]
+                found = _log_probabilities(self._model, self._params, inputs, at, targets, _CHUNK)
+                logprobs, greedy = jax.device_get(found)
+                for row, i in enumerate(rows):
+                    count = counts[i]
+                    logprob = float(logprobs[row, :count].sum(dtype=np.float64))
+                    yield i, (logprob, bool(greedy[row, :count].all()))
+                shown.update(len(rows))
+
+    def _remembered(self, kind: str, requests, answer) -> list:
+        if self._cache is None:
+            return answer(requests)
+        known = [
+            None if _is_sampled(request) else self._cache.get(self.identity, kind, request.args)
+            for request in requests
+        ]
+        todo = [i for i, found in enumerate(known) if found is None]
+        for i, found in zip(todo, answer([requests[i] for i in todo]), strict=True):
+            known[i] = found
+        return known
+
+    def _remember(self, kind: str, args: tuple | None, answer: Any) -> None:
+        if args is None:
+            return
+        self.cache_hook.add_partial(kind, args, answer)
+        if self._cache is not None:
+            self._cache.put(self.identity, kind, args, answer=answer)
+
+
+def _is_sampled(request) -> bool:
+    if request.request_type != "generate_until":
+        return False
+    return bool(_generation_options(request.args[1], 1)[1]["temperature"])
+
+
+def _generation_options(gen_kwargs: dict, max_new_tokens: int) -> tuple[tuple[str, ...], dict]:
+    """Stop strings, and the keywords of `generate`."""
+    given = dict(gen_kwargs)
+    until = given.pop("until", None) or ()
+    until = (until,) if isinstance(until, str) else tuple(until)
+    do_sample = given.pop("do_sample", None)
+    for name in _NEW_TOKENS:
+        max_new_tokens = int(given.pop(name, max_new_tokens))
+    for name in given:
+        if name not in _SAMPLING:
+            raise ConfigError(
+                f"generation_kwargs has {name}; the model repo_jax takes until, do_sample, "
+                f"{_NEW_TOKENS[0]}, {', '.join(_SAMPLING)}"
+            )
+    # lm-eval's tasks write temperature 1 beside do_sample false.
+    greedy = not given.get("temperature", 1.0 if do_sample else 0.0) or do_sample is False
+    given["temperature"] = 0.0 if greedy else float(given.get("temperature", 1.0))
+    return until, given | {"max_new_tokens": max_new_tokens}
+
+
+def _round_up(n: int, steps: int = 2) -> int:
+    """The next power of two, or with `steps` 2 also 1.5 times one."""
+    power = 1 << max(0, n - 1).bit_length()
+    return power * 3 // 4 if steps == 2 and power >= 4 and n <= power * 3 // 4 else power
+
+
+def _batches(
+    lengths: dict[int, int], batch_tokens: int, steps: int = 2, least: int = 16
+) -> Iterator[tuple[Sequence[int], int, int]]:
+    """Which go together: their indices, width and rows; the longest first.
+
+    A batch that does not fit the device's memory then fails at once.
+    """
+    width_of = lambda i: max(least, _round_up(lengths[i], steps))
+    order = sorted(lengths, key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        width = width_of(order[start])
+        size = max(1, batch_tokens // width)
+        rows = [i for i in order[start : start + size] if width_of(i) == width]
+        yield rows, width, size
+        start += len(rows)
+
+
+def _progress(total: int, what: str) -> tqdm:
+    return tqdm(total=total, desc=what, disable=not sys.stderr.isatty(), leave=False)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "chunk"))
+def _log_probabilities(model, params, tokens_BT, at_BP, targets_BP, chunk):
+    """Of targets [B, P] after the tokens at [B, P]: log-probabilities, float32, and whether each
+    is the likeliest. No logits [B, T, V] exist, only those of `chunk` positions."""
+    hidden_BTD = model.apply({"params": params}, tokens_BT, method="hidden")
+    picked = jnp.take_along_axis(hidden_BTD, at_BP[..., None], axis=1)
+    B, P, D = picked.shape
+    chunk = min(chunk, B * P)
+    n = -(-B * P // chunk)
+    fill = n * chunk - B * P
+    picked = jnp.pad(picked.reshape(B * P, D), ((0, fill), (0, 0))).reshape(n, 1, chunk, D)
+    targets = jnp.pad(targets_BP.reshape(B * P), (0, fill)).reshape(n, 1, chunk)
+
+    def body(_, xs):
+        h, target = xs
+        logits = model.apply({"params": params}, h, method="logits")
+        logprob = jnp.take_along_axis(logits, target[..., None], -1)[..., 0]
+        logprob -= jax.nn.logsumexp(logits, axis=-1)
+        return None, (logprob, logits.argmax(-1) == target)
+
+    _, found = jax.lax.scan(body, None, (picked, targets))
+    return jax.tree.map(lambda x: x.reshape(-1)[: B * P].reshape(B, P), found)
+
+
+@jax.jit
+def _hash_leaves(params):
+    """uint32 [leaves]: another if a number of a parameter changes, or its place."""
+
+    def digest(x):
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        bits = bits.reshape(-1).astype(jnp.uint32)
+        x = (bits + 1) * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1)
+        # The mixing of 32 bits in MurmurHash3.
+        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+        return (x ^ (x >> 16)).sum(dtype=jnp.uint32)
+
+    return jnp.stack([digest(leaf) for leaf in jax.tree.leaves(params)])

@@ -1,0 +1,334 @@
+"""`eval.py --tasks`: tasks, then the model, then what is written of them."""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+import logging
+import os
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lm_eval.evaluator import evaluate as run_tasks
+from lm_eval.tasks import TaskManager
+
+from repo_jax.config import EvalConfig, to_dict
+from repo_jax.data import Tokenizer
+from repo_jax.errors import ConfigError, MissingPackageError
+from repo_jax.evaluation.harness.baselines import baseline
+from repo_jax.evaluation.harness.cache import RequestCache
+from repo_jax.evaluation.harness.model import RepoJaxLM, load, tokenizer_folder
+from repo_jax.evaluation.harness.statistics import mean_interval, statistic_interval
+from repo_jax.evaluation.harness.suites import SUITES, TASKS_DIR, Group, SuiteTask
+
+_PUBLISHED = "published_match"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """One line of the results, with lm-eval's tasks behind it, by name."""
+
+    name: str
+    asked: SuiteTask
+    group: Group
+    tasks: dict[str, Any]
+    settings: dict[str, Any]
+
+
+def evaluate_tasks(config: EvalConfig) -> dict[str, Any]:
+    """Evaluates a run or a model on tasks.
+
+    Examples are made and read before the model, which takes longer. Everything is written as
+    soon as it is known, so that the same command goes on where it was stopped.
+
+    Returns:
+      What tasks.json holds: `source`, `step`, `dtype`, `model` (a digest), `tasks` by name, and
+      `groups`, the means of a suite's tasks.
+
+    Raises:
+      ConfigError: a task is unknown or lacks its data, or the folder has other results.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    groups = _groups(config)
+    folder = tokenizer_folder(config.run, config.model, config.revision)
+    tokenizer = Tokenizer.load(config.tokenizer or folder)
+    entries = _entries(config, groups, config.tokenizer or folder)
+    out = _output(config)
+    loaded = load(
+        *(config.run, config.model),
+        step=config.step,
+        revision=config.revision,
+        dtype=config.dtype,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    lm = RepoJaxLM(
+        *(loaded.model, loaded.params, tokenizer),
+        batch_tokens=config.batch_tokens,
+        cache=RequestCache(out / "requests.sqlite"),
+    )
+    report = _started(out, config, loaded.step, lm.identity, entries)
+    for group, members in itertools.groupby(entries, lambda entry: entry.group):
+        scaling = group.rope_scaling or loaded.model.config.rope_scaling
+        scaled = lm.scaled(scaling, group.max_length)
+        for entry in members:
+            _evaluate(entry, scaled, config, out, report)
+    return report
+
+
+def _groups(config: EvalConfig) -> tuple[Group, ...]:
+    """The groups of the suites, and one of each other task, in the order given."""
+    groups: list[Group] = []
+    for name in config.tasks:
+        groups += SUITES.get(name, (Group(name, (SuiteTask(name),)),))
+    return tuple(groups)
+
+
+def _output(config: EvalConfig) -> Path:
+    if config.output is not None:
+        return Path(config.output) / "evaluation"
+    if config.run is None:
+        raise ConfigError("--model with --tasks needs --output, the folder for the results")
+    return Path(config.run) / "evaluation"
+
+
+def _entries(config: EvalConfig, groups: Iterable[Group], tokenizer: Path | str) -> list[_Entry]:
+    absolute = lambda path: path and str(Path(path).expanduser().absolute())
+    for option in ("data_dir", "tasks_dir"):
+        path = absolute(getattr(config, option))
+        if path is not None and not Path(path).is_dir():
+            raise ConfigError(f"--{option} {getattr(config, option)}: there is no such folder")
+    own_paths = [str(TASKS_DIR), *filter(None, [absolute(config.tasks_dir)])]
+    shared = {"tokenizer": absolute(tokenizer), "data_dir": absolute(config.data_dir)}
+    if config.limit is not None:
+        shared["samples"] = config.limit
+    everything: TaskManager | None = None
+    entries: dict[str, _Entry] = {}
+    for group in groups:
+        # lm-eval's own thousands of files take seconds to look through.
+        metadata = shared | group.metadata
+        own = TaskManager(include_path=own_paths, include_defaults=False, metadata=metadata)
+        for asked in group.tasks:
+            manager = own
+            if asked.task not in own.all_tasks:
+                everything = everything or TaskManager(include_path=own_paths, metadata=shared)
+                manager = everything
+            entry = _entry(config, group, asked, _load(manager, asked.task, config.data_dir))
+            if entry.name in entries:
+                raise ConfigError(f"--tasks names {entry.name} twice")
+            entries[entry.name] = entry
+    return list(entries.values())
+
+
+def _load(manager: TaskManager, name: str, data_dir: str | None) -> dict[str, Any]:
+    """lm-eval's tasks of a name, with their data."""
+    if name not in manager.all_tasks:
+        known = [*SUITES, *manager.all_tasks]
+        (near,) = difflib.get_close_matches(name, known, n=1) or [""]
+        hint = f"; did you mean {near}?" if near else ""
+        raise ConfigError(
+            f"--tasks has {name!r}, which is no suite ({', '.join(SUITES)}) and no task of "
+            f"lm-eval or --tasks_dir{hint}"
+        )
+    # A folder in DATA_DIR named as a data set of the hub is taken in its place.
+    inside = contextlib.chdir(data_dir) if data_dir else contextlib.nullcontext()
+    try:
+        with inside:
+            tasks = manager.load([name])["tasks"]
+    except (ConfigError, MissingPackageError):
+        raise
+    except ImportError as error:
+        raise MissingPackageError(_missing(error), f"the task {name}", "eval") from error
+    except Exception as error:  # of whatever lies between here and the hub
+        raise ConfigError(_no_data(manager, name, data_dir, error)) from error
+    return dict(sorted(tasks.items()))
+
+
+def _missing(error: BaseException) -> str:
+    """What could not be imported; lm-eval says so in words of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return getattr(error, "name", None) or str(error)
+
+
+def _no_data(manager: TaskManager, name: str, data_dir: str | None, error: Exception) -> str:
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    first = name.split("_")[0]
+    place, source = {
+        "nlgraph": (f"{name.removeprefix('nlgraph_')}.json", "github.com/Arthur-Heng/NLGraph"),
+        "hybridqa": ("dev.json and tables_tok/", "github.com/wenhuchen/HybridQA"),
+    }.get(first, ("", ""))
+    if place:
+        what = f"put DATA_DIR/{first}/{place}, from {source}, there and give --data_dir"
+    else:
+        what = (
+            "run once with a network, or copy the cache of such a run (HF_HOME), or put the "
+            "data set's folder under its name in DATA_DIR and give --data_dir"
+        )
+    return f"the data of the task {name} cannot be had ({reason}); {what}"
+
+
+def _entry(config: EvalConfig, group: Group, asked: SuiteTask, tasks: dict[str, Any]) -> _Entry:
+    shots = asked.shots if config.num_fewshot is None else config.num_fewshot
+    for task in tasks.values():
+        own = task.get_config("num_fewshot")
+        # As in lm-eval: a task whose file says 0 has no examples to show.
+        if own is None or (own != 0 and shots is not None):
+            task.set_config(key="num_fewshot", value=shots or 0)
+        task.set_fewshot_seed(seed=1234)
+    first = next(iter(tasks.values()))
+    metrics = list(first.aggregation())
+    metric = asked.metric or metrics[0]
+    if config.published_scoring and _PUBLISHED in metrics:
+        metric = _PUBLISHED
+    scaling = group.rope_scaling
+    settings = {
+        "metric": metric,
+        "filter": asked.filter or first._filters[0].name,
+        "shots": first.get_config("num_fewshot"),
+        "limit": config.limit,
+        "rope_scaling": scaling and to_dict(scaling),
+        "max_length": group.max_length,
+        "group": group.name,
+    }
+    return _Entry(asked.name or asked.task, asked, group, tasks, settings)
+
+
+def _started(out: Path, config: EvalConfig, step: int | None, identity: str, entries) -> dict:
+    """The report so far: what the folder has of this model."""
+    report = {
+        "source": config.run or config.model,
+        "step": step,
+        "dtype": config.dtype,
+        "model": identity,
+        "tasks": {},
+        "groups": {},
+    }
+    path = out / "tasks.json"
+    if not path.exists():
+        return report
+    found = json.loads(path.read_text())
+    if found["model"] != identity:
+        raise ConfigError(
+            f"{path} has results of another model ({found['source']}, step {found['step']}, "
+            f"{found['dtype']}); give another --output"
+        )
+    for entry in entries:
+        before = found["tasks"].get(entry.name)
+        for name, value in entry.settings.items() if before else ():
+            if before[name] != value:
+                raise ConfigError(
+                    f"{path} has {entry.name} with {name} {before[name]}, not {value}; "
+                    "give another --output"
+                )
+    return report | {"tasks": found["tasks"], "groups": found["groups"]}
+
+
+def _evaluate(entry: _Entry, lm: RepoJaxLM, config: EvalConfig, out: Path, report: dict) -> None:
+    """Adds an entry to the report, and writes it and its examples."""
+    found = run_tasks(
+        lm=lm,
+        task_dict={"tasks": entry.tasks, "groups": {}, "group_map": {}},
+        limit=config.limit,
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    metric, filter_name = entry.settings["metric"], entry.settings["filter"]
+    rows = []
+    for name in entry.tasks:
+        for sample in found["samples"][name]:
+            if sample["filter"] == filter_name:
+                rows.append(_row(name, sample, metric))
+    if not rows:
+        raise ConfigError(f"the task {entry.name} has no filter {filter_name}")
+    rows.sort(key=lambda row: (row["task"], row["doc_id"]))
+    scores = [row["score"] for row in rows]
+    aggregate = next(iter(entry.tasks.values())).aggregation()[metric]
+    if aggregate.__name__ == "mean":
+        score, interval = statistics.fmean(scores), mean_interval(scores)
+    else:
+        score, interval = aggregate(scores), statistic_interval(scores, aggregate)
+    known = baseline(list(entry.tasks.values()), metric, filter_name)
+    haystacks = {h for task in entry.tasks.values() for h in _haystacks(task)}
+    report["tasks"][entry.name] = {
+        **entry.settings,
+        "examples": len(rows),
+        "score": score,
+        "low": interval[0],
+        "high": interval[1],
+        "empty": known.empty,
+        "constant": known.constant,
+        "constant_answer": known.answer,
+        "haystack": ", ".join(sorted(haystacks)) or None,
+    }
+    tasks = report["tasks"]
+    members = [task.name or task.task for task in entry.group.tasks]
+    if len(members) > 1 and all(member in tasks for member in members):
+        means = statistics.fmean(tasks[member]["score"] for member in members)
+        report["groups"][entry.group.name] = {"score": means, "tasks": members}
+    _write(out / f"{entry.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    _write(out / "tasks.json", json.dumps(report, indent=1) + "\n")
+    print(f"{entry.name}: {metric} {score:.4f} on {len(rows)} examples", file=sys.stderr)
+
+
+def _haystacks(task) -> set[str]:
+    return {request.doc["haystack"] for request in task.instances if "haystack" in request.doc}
+
+
+def _row(task: str, sample: dict, metric: str) -> dict[str, Any]:
+    if metric not in sample:
+        known = ", ".join(sample["metrics"])
+        raise ConfigError(f"the task {task} has no metric {metric}; it has {known}")
+    requests = sample["arguments"]
+    chosen = len(requests) > 1
+    prompt = requests[0][0]
+    output = [resps[0] for resps in sample["resps"]]
+    score = sample[metric]
+    row = {
+        "task": task,
+        "doc_id": sample["doc_id"],
+        "metric": metric,
+        "score": list(score) if isinstance(score, (tuple, list)) else float(score),
+        "prompt": prompt,
+        **({"choices": [request[1] for request in requests]} if chosen else {}),
+        "output": output if chosen else output[0],
+        "target": sample["target"],
+    }
+    example = [row[name] for name in ("doc_id", "prompt", "choices", "target") if name in row]
+    return row | {"example": _digest(example)}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _write(path: Path, content: str) -> None:
+    """The whole file or none of it."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(content, encoding="utf-8")
+    os.replace(part, path)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for a reader."""
+    lines = [
+        f"{'task':<26} {'metric':<16} {'n':>6} {'shots':>5} {'score':>8}  {'95 %':<17} "
+        f"{'empty':>7} {'constant':>8}"
+    ]
+    number = lambda value: "-" if value is None else f"{value:.4f}"
+    for name, row in report["tasks"].items():
+        answer = row["constant_answer"]
+        lines.append(
+            f"{name:<26} {row['metric']:<16} {row['examples']:>6} {row['shots']:>5} "
+            f"{row['score']:>8.4f}  {row['low']:.4f} - {row['high']:.4f}  "
+            f"{number(row['empty']):>6} {number(row['constant']):>8}"
+            + (f" ({' '.join(answer.split())[:30]})" if answer is not None else "")
+            + (f" haystack: {row['haystack']}" if row["haystack"] else "")
+        )
+    for name, row in report["groups"].items():
+        lines.append(f"{name:<26} mean of {len(row['tasks'])} tasks {'':>13} {row['score']:>8.4f}")
+    return "\n".join(lines)

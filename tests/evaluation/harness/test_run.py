@@ -1,0 +1,357 @@
+"""eval.py --tasks, from the command line to what it writes."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from repo_jax import RopeScaling, cli, save_pretrained
+from repo_jax.evaluation import command
+from repo_jax.evaluation.harness import __main__ as lm_eval_command
+from repo_jax.evaluation.harness import model as harness
+from repo_jax.evaluation.harness.suites import SUITES, TASKS_DIR, Group, SuiteTask
+from tests.tiny_runs import ROOT, make_run, parse, write_config
+
+CHOICE = """
+task: letters
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{folder}/letters.json"}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{q}}}}"
+doc_to_target: gold
+doc_to_choice: ["a", "b", "c"]
+metric_list: [{{metric: acc}}]
+"""
+ROLLING = """
+task: texts
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{folder}/letters.json"}}}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{q}}}}"
+metric_list: [{{metric: bits_per_byte}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run, the same exported, and local data: nothing here needs a network."""
+    folder = tmp_path_factory.mktemp("tasks")
+    config = parse(write_config(folder))
+    model, params = make_run(folder / "run", config)
+    save_pretrained(folder / "model", model, params, tokenizer_dir=folder / "run")
+    data = folder / "data"
+    (data / "nlgraph").mkdir(parents=True)
+    for graph, (yes, no) in {
+        "connectivity": ("The answer is yes.", "The answer is no."),
+        "cycle": ("Yes, there is a cycle in this graph.", "No, there is no cycle in this graph."),
+    }.items():
+        rows = {
+            str(i): {
+                "question": f"Q: {i}?\nA:",
+                "answer": no if i % 4 == 0 else yes,
+                "difficulty": "easy",
+            }
+            for i in range(8)
+        }
+        (data / "nlgraph" / f"{graph}.json").write_text(json.dumps(rows))
+    own = folder / "own"
+    own.mkdir()
+    rows = [{"q": f"{i} is a letter of", "gold": (0, 1, 1, 2, 1)[i % 5]} for i in range(10)]
+    (own / "letters.json").write_text("\n".join(map(json.dumps, rows)))
+    (own / "letters.yaml").write_text(CHOICE.format(folder=own))
+    (own / "texts.yaml").write_text(ROLLING.format(folder=own))
+    return folder
+
+
+def options(folder, tasks, output, *more, source="run"):
+    places = ["--data_dir", str(folder / "data"), "--tasks_dir", str(folder / "own")]
+    return [
+        f"--{source}",
+        str(folder / source),
+        "--tasks",
+        tasks,
+        "--output",
+        str(output),
+        *places,
+        *more,
+    ]
+
+
+def report(output):
+    return json.loads((output / "evaluation" / "tasks.json").read_text())
+
+
+def lines(output, name):
+    text = (output / "evaluation" / f"{name}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_what_is_written(run, tmp_path, capsys):
+    command.main(options(run, "letters,nlgraph_connectivity,texts", tmp_path))
+    found = report(tmp_path)
+    assert (found["source"], found["step"], found["dtype"]) == (str(run / "run"), 0, "float32")
+    assert list(found["tasks"]) == ["letters", "nlgraph_connectivity", "texts"]
+    letters = found["tasks"]["letters"]
+    rows = lines(tmp_path, "letters")
+    assert (letters["metric"], letters["examples"], letters["shots"]) == ("acc", 10, 0)
+    assert letters["score"] == sum(row["score"] for row in rows) / 10
+    assert letters["low"] <= letters["score"] <= letters["high"]
+    for i, row in enumerate(rows):
+        assert (row["doc_id"], row["prompt"]) == (i, f"{i} is a letter of")
+        assert row["target"] == (0, 1, 1, 2, 1)[i % 5]
+        best = max(range(3), key=lambda choice: row["output"][choice][0])
+        assert row["score"] == float(best == row["target"])
+    # Three of five are the second choice; no answer cannot be given.
+    assert (letters["empty"], letters["constant"]) == (None, 0.6)
+    assert letters["constant_answer"] == "choice 2"
+    graph = found["tasks"]["nlgraph_connectivity"]
+    assert (graph["metric"], graph["empty"], graph["constant"]) == ("exact_match", 0.0, 0.75)
+    assert isinstance(lines(tmp_path, "nlgraph_connectivity")[0]["output"], str)
+    texts = found["tasks"]["texts"]
+    assert texts["low"] <= texts["score"] <= texts["high"]
+    assert (texts["empty"], texts["constant"]) == (None, None)
+    nll = -sum(row["score"][0] for row in lines(tmp_path, "texts"))
+    n_bytes = sum(row["score"][1] for row in lines(tmp_path, "texts"))
+    assert texts["score"] == pytest.approx(nll / n_bytes / 0.6931471805599453, rel=1e-6)
+    printed = capsys.readouterr().out
+    assert f"{letters['score']:.4f}" in printed
+    assert "(choice 2)" in printed
+
+
+def test_an_exported_model_is_the_same_model(run, tmp_path):
+    command.main(options(run, "letters", tmp_path / "a"))
+    command.main(options(run, "letters", tmp_path / "b", source="model"))
+    command.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    outputs = [lines(tmp_path / name, "letters") for name in "ab"]
+    assert [row["score"] for row in outputs[0]] == [row["score"] for row in outputs[1]]
+
+
+def test_published_scoring_gives_silence_credit(run, tmp_path):
+    more = ("--published_scoring", "true", "--limit", "8")
+    command.main(options(run, "nlgraph_cycle", tmp_path, *more))
+    row = report(tmp_path)["tasks"]["nlgraph_cycle"]
+    assert (row["metric"], row["empty"]) == ("published_match", 0.25)
+
+
+def test_a_folder_named_as_on_the_hub_is_taken_in_its_place(run, tmp_path):
+    """With the configurations that such a data set names in its README."""
+    folder = run / "data" / "somebody" / "letters"
+    folder.mkdir(parents=True)
+    (folder / "hard.json").write_text('{"q": "z is a letter of", "gold": 2}')
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: hard\n  data_files:\n"
+        "  - split: test\n    path: hard.json\n---\n"
+    )
+    text = (run / "own" / "letters.yaml").read_text().replace("task: letters", "task: hub")
+    text = text.replace("dataset_path: json", "dataset_path: somebody/letters")
+    text = re.sub("dataset_kwargs: .*", "dataset_name: hard", text)
+    (run / "own" / "hub.yaml").write_text(text)
+    command.main(options(run, "hub", tmp_path))
+    assert [row["prompt"] for row in lines(tmp_path, "hub")] == ["z is a letter of"]
+
+
+def test_limit_and_shots(run, tmp_path):
+    (run / "own" / "shown.yaml").write_text(
+        (run / "own" / "letters.yaml").read_text().replace("task: letters", "task: shown")
+        + "fewshot_split: test\n"
+    )
+    command.main(options(run, "shown", tmp_path, "--limit", "3", "--num_fewshot", "2"))
+    row = report(tmp_path)["tasks"]["shown"]
+    assert (row["examples"], row["shots"], row["limit"]) == (3, 2, 3)
+    assert lines(tmp_path, "shown")[0]["prompt"].count("is a letter of") == 3
+
+
+class StoppedError(Exception):
+    """Stands for a signal."""
+
+
+def test_a_stopped_evaluation_goes_on(run, tmp_path, monkeypatch):
+    """Tasks that were finished are not asked again, nor batches of the one that was not."""
+    asked, allowed = [], 1
+    ask_model = harness._log_probabilities
+
+    def counted(*args):
+        if len(asked) == allowed:
+            raise StoppedError
+        asked.append(int((args[3] > 0).any(axis=1).sum()))
+        return ask_model(*args)
+
+    monkeypatch.setattr(harness, "_log_probabilities", counted)
+    given = options(run, "letters,texts", tmp_path, "--batch_tokens", "256")
+    with pytest.raises(StoppedError):
+        command.main(given)
+    allowed = None
+    command.main(given)
+    assert sum(asked) == 10 * 3 + 10
+    command.main(given)
+    assert sum(asked) == 10 * 3 + 10
+    assert set(report(tmp_path)["tasks"]) == {"letters", "texts"}
+
+
+def test_other_results_are_not_overwritten(run, tmp_path, capsys):
+    command.main(options(run, "letters", tmp_path, "--limit", "4"))
+    before = report(tmp_path)
+    for more, message in (
+        ((), "has letters with limit 4, not None; give another --output"),
+        (("--limit", "4", "--dtype", "bfloat16"), "has results of another model"),
+    ):
+        assert message in mistake(capsys, options(run, "letters", tmp_path, *more))
+        assert report(tmp_path) == before
+
+
+def mistake(capsys, arguments):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda: command.main(arguments))
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(("error: ", "eval.py: error: "))
+    return error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["--tasks", "nlgraph_conectivity"],
+            r"'nlgraph_conectivity', which is no suite .* did you mean nlgraph_connectivity\?",
+        ),
+        (["--tasks", "letters,letters"], r"--tasks names letters twice"),
+        (
+            ["--tasks", "nlgraph_flow"],
+            r"the data of the task nlgraph_flow cannot be had .*; put DATA_DIR/nlgraph/flow.json",
+        ),
+        (["--data_dir", "nowhere"], r"--data_dir nowhere: there is no such folder"),
+        (["--limit", "0"], r"eval.limit is 0; it must be positive"),
+        (["--num_fewshot", "-1"], r"eval.num_fewshot is -1; it must be 0 or more"),
+        (["--text", "notes"], r"--tasks and --text exclude each other"),
+        (["--tasks", ""], r"--tasks_dir needs --tasks"),
+        (
+            ["--tasks", "needle_single", "--batch_tokens", "0"],
+            r"eval.batch_tokens is 0; it must be positive",
+        ),
+    ],
+)
+def test_mistakes(run, tmp_path, capsys, monkeypatch, changes, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    assert re.search(message, mistake(capsys, options(run, "letters", tmp_path, *changes)))
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_a_package_that_is_missing_is_named(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "repo_jax.evaluation.harness.tasks.needles", raising=False)
+    monkeypatch.setitem(sys.modules, "wonderwords", None)
+    error = mistake(capsys, options(run, "needle_single", tmp_path))
+    assert "the task needle_single needs the package 'wonderwords', which is not" in error
+
+
+def test_lm_eval_is_imported_when_it_is_used_only():
+    program = (
+        "import sys, repo_jax, repo_jax.evaluation.command, repo_jax.evaluation.harness.compare\n"
+        "assert 'lm_eval' not in sys.modules and 'datasets' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_a_model_needs_somewhere_to_write(run, capsys):
+    given = ["--model", str(run / "model"), "--tasks", "letters", "--tasks_dir", str(run / "own")]
+    assert "--model with --tasks needs --output" in mistake(capsys, given)
+
+
+def test_the_lm_eval_command(run, tmp_path, capsys, monkeypatch):
+    """lm-eval's own program finds the model, and our tasks without being told where they are."""
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            *("lm_eval", "--model", "repo_jax", "--tasks", "nlgraph_connectivity"),
+            *("--model_args", f"run={run / 'run'},max_length=1024", "--limit", "2"),
+            *("--metadata", json.dumps({"data_dir": str(run / "data")})),
+            *("--output_path", str(tmp_path / "out")),
+        ],
+    )
+    lm_eval_command.main()
+    (path,) = (tmp_path / "out").rglob("results*.json")
+    assert "exact_match,none" in json.loads(path.read_text())["results"]["nlgraph_connectivity"]
+
+
+def test_a_suite_changes_the_model_and_gives_a_mean(run, tmp_path, capsys, monkeypatch):
+    """As `long` does, on a length that takes no time."""
+    group = Group(
+        "ruler_1024",
+        tuple(
+            SuiteTask(f"needle_{kind}", "recall", 0, name=f"needle_{kind}_1024")
+            for kind in ("single", "multiquery")
+        ),
+        RopeScaling(16.0, 32),
+        1024,
+        {"length": 1024},
+    )
+    monkeypatch.setitem(SUITES, "tiny", (group,))
+    asked, complete = [], harness.Generator.complete
+
+    def recorded(self, prompts, **given):
+        asked.append((self.config.rope_scaling, [len(prompt) for prompt in prompts]))
+        return complete(self, prompts, **given)
+
+    monkeypatch.setattr(harness.Generator, "complete", recorded)
+    command.main(options(run, "tiny,letters", tmp_path, "--limit", "2"))
+    assert [scaling for scaling, _ in asked] == [group.rope_scaling] * 2
+    lengths = [length for _, prompts in asked for length in prompts]
+    assert len(lengths) == 4
+    assert all(700 < length <= 1024 - 128 for length in lengths)
+    found = report(tmp_path)
+    rows = [found["tasks"][f"needle_{kind}_1024"] for kind in ("single", "multiquery")]
+    for row in rows:
+        assert (row["examples"], row["haystack"], row["max_length"]) == (2, "noise", 1024)
+        assert row["rope_scaling"]["factor"] == 16.0
+        assert row["empty"] == 0.0
+    mean = found["groups"]["ruler_1024"]["score"]
+    assert mean == sum(row["score"] for row in rows) / 2
+    assert found["tasks"]["letters"]["rope_scaling"] is None
+    assert f"mean of 2 tasks {'':>13} {mean:>8.4f}" in capsys.readouterr().out
+
+
+def test_suites_are_those_of_the_paper():
+    """Lengths, YaRN factors and shots; and lm-eval has each task with its metric and filter."""
+    facts = {
+        group.name: (
+            group.max_length,
+            group.rope_scaling and group.rope_scaling.factor,
+            len(group.tasks),
+        )
+        for groups in SUITES.values()
+        for group in groups
+    }
+    assert facts == {
+        "ruler_4096": (4096, None, 4),
+        "nlgraph": (4096, None, 4),
+        "hybridqa": (4096, None, 1),
+        "ruler_8192": (8192, 2.0, 4),
+        "ruler_16384": (16384, 4.0, 4),
+        "longbench": (16384, 4.0, 7),
+        "general": (None, None, 8),
+    }
+    groups = [group for groups in SUITES.values() for group in groups]
+    assert all(g.rope_scaling.original_length == 4096 for g in groups if g.rope_scaling)
+    shots = {task.task: task.shots for task in SUITES["general"][0].tasks}
+    assert shots.pop("coqa") == 0
+    assert set(shots.values()) == {5}
+    index = TaskManager(include_path=str(TASKS_DIR)).task_index
+    for group in groups:
+        for task in group.tasks:
+            config = load_yaml(index[task.task].yaml_path, resolve_func=False)
+            while "group" in config:
+                config = load_yaml(index[config["task"][0]].yaml_path, resolve_func=False)
+            assert task.metric in [metric["metric"] for metric in config["metric_list"]]
+            if task.filter is not None:
+                assert task.filter in [each["name"] for each in config["filter_list"]]

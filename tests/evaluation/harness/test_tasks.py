@@ -1,0 +1,288 @@
+"""Our task files on rows in the published schemas, with scores worked out by hand."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lm_eval.tasks import TaskManager
+
+from repo_jax.data import byte_tokenizer
+from repo_jax.errors import ConfigError
+from repo_jax.evaluation.harness.suites import TASKS_DIR
+from repo_jax.evaluation.harness.tasks import hybridqa, needles, nlgraph
+
+# As in NLGraph's main.json.
+NLGRAPH = {
+    "connectivity": [
+        ("Is there a path between node 0 and node 2?", "The answer is yes."),
+        ("Is there a path between node 0 and node 3?", "The answer is no."),
+    ],
+    "cycle": [
+        ("Is there a cycle in this graph?", "Yes, there is a cycle in this graph."),
+        ("Is there a cycle in this graph?", "No, there is no cycle in this graph."),
+    ],
+    "flow": [
+        (
+            "What is the maximum flow from node 0 to node 2?",
+            "The maximum flow from node 0 to node 2 is 7.",
+        ),
+    ],
+    "shortest_path": [
+        (
+            "Give the shortest path from node 0 to node 4.",
+            "The shortest path from node 0 to node 4 is 0,3,4 with a total weight of 4",
+        ),
+    ],
+}
+
+
+def load(name, **metadata):
+    manager = TaskManager(include_path=str(TASKS_DIR), include_defaults=False, metadata=metadata)
+    return manager.load([name])["tasks"][name]
+
+
+def write_nlgraph(folder, graph, rows, difficulty="easy"):
+    (folder / "nlgraph").mkdir(exist_ok=True)
+    content = {
+        str(i): {"question": f"Graph: ...\nQ: {q}\nA:", "answer": a, "difficulty": difficulty}
+        for i, (q, a) in enumerate(rows)
+    }
+    content["99"] = {"question": "a hard one", "answer": "no", "difficulty": "hard"}
+    (folder / "nlgraph" / f"{graph}.json").write_text(json.dumps(content))
+
+
+def scores(task, outputs):
+    """Each example's scores for what a model would have said."""
+    docs = list(task.test_docs())
+    assert len(docs) == len(outputs)
+    return [task.process_results(doc, [output]) for doc, output in zip(docs, outputs, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("graph", "outputs", "exact", "published"),
+    [
+        ("connectivity", ["The answer is yes.", "The answer is no."], [1, 1], [1, 1]),
+        ("connectivity", ["", ""], [0, 0], [0, 1]),
+        ("connectivity", ["The answer is yes. The answer is no."] * 2, [0, 0], [1, 0]),
+        ("connectivity", [" Yes", " no, they are not"], [1, 1], [0, 1]),
+        # The model goes on with a question of its own, which is not the answer.
+        (
+            "connectivity",
+            [" The answer is yes.\nQ: Is it? A: The answer is no."] * 2,
+            [1, 0],
+            [1, 0],
+        ),
+        ("connectivity", ["know", "nothing"], [0, 0], [0, 1]),
+        ("cycle", ["Yes, there is a cycle in this graph."] * 2, [1, 0], [1, 0]),
+        ("cycle", ["No, there is no cycle in this graph."] * 2, [0, 1], [0, 1]),
+        ("cycle", ["", ""], [0, 0], [0, 1]),
+        ("flow", ["The maximum flow from node 0 to node 2 is 7."], [1], [1]),
+        ("flow", ["The maximum flow from node 0 to node 2 is 17."], [0], [1]),
+        ("flow", [" 7"], [1], [0]),
+        ("flow", ["between 3 and 7"], [0], [0]),
+        ("flow", [""], [0], [0]),
+        ("shortest_path", ["The shortest path from node 0 to node 4 is 0,3,4 with"], [1], [1]),
+        ("shortest_path", [" 0, 3, 4"], [1], [0]),
+        ("shortest_path", ["The shortest path from node 0 to node 4 is 0,3,4,5"], [0], [1]),
+        ("shortest_path", ["0,3,4 or 0,4"], [0], [0]),
+    ],
+)
+def test_nlgraph(tmp_path, graph, outputs, exact, published):
+    write_nlgraph(tmp_path, graph, NLGRAPH[graph])
+    task = load(f"nlgraph_{graph}", data_dir=str(tmp_path))
+    found = scores(task, outputs)
+    assert [row["exact_match"] for row in found] == exact
+    assert [row["published_match"] for row in found] == published
+    doc = next(iter(task.test_docs()))
+    question, answer = NLGRAPH[graph][0]
+    assert task.doc_to_text(doc) == f"Graph: ...\nQ: {question}\nA:"
+    assert task.doc_to_target(doc) == answer
+
+
+@settings(max_examples=50)
+@given(st.sampled_from(sorted(NLGRAPH)), st.text("yesno 0123,.\n", max_size=30))
+def test_nlgraph_takes_one_answer_or_none(graph, text):
+    found = nlgraph.definite_answer(graph, text)
+    assert found is None or found in text.replace(" ", "").lower()
+    if graph in ("connectivity", "cycle"):
+        assert found in (None, "yes", "no")
+        assert nlgraph.definite_answer(graph, f"{text} yes or no") is None
+
+
+def test_nlgraph_as_its_repository_lays_it_out(tmp_path):
+    folder = tmp_path / "nlgraph" / "flow"
+    folder.mkdir(parents=True)
+    row = {
+        "question": "Q",
+        "answer": "The maximum flow from node 1 to node 2 is 3.",
+        "difficulty": "easy",
+    }
+    (folder / "main.json").write_text(json.dumps({"0": row}))
+    (doc,) = load("nlgraph_flow", data_dir=str(tmp_path)).test_docs()
+    assert doc["question"] == "Q"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"connectivity.json is not JSON"),
+        (
+            '{"0": {"question": "q", "answer": "a"}}',
+            r"a row of .* has no difficulty; it has question",
+        ),
+        ('{"0": {"question": "q", "answer": "a", "difficulty": "hard"}}', r"has no question whose"),
+    ],
+)
+def test_nlgraph_files_that_are_something_else(tmp_path, content, message):
+    (tmp_path / "nlgraph").mkdir()
+    (tmp_path / "nlgraph" / "connectivity.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        nlgraph.documents("connectivity", str(tmp_path))
+
+
+# As in HybridQA's dev.json and tables_tok.
+TABLE = {
+    "url": "https://en.wikipedia.org/wiki/Stadiums",
+    "title": "Stadiums",
+    "header": [["Name", []], ["Capacity", []]],
+    "data": [
+        [["The Grove", ["/wiki/The_Grove"]], ["12,000", []]],
+        [["Lake Field", ["/wiki/Lake_Field"]], ["8,500", []]],
+    ],
+    "section_title": "",
+}
+TABLE_TEXT = "Stadiums\n| Name | Capacity |\n| The Grove | 12,000 |\n| Lake Field | 8,500 |"
+HYBRIDQA = [
+    {
+        "table_id": 7,
+        "question": "Which holds 12,000 ?",
+        "answer-text": "The Grove",
+        "where": "table",
+    },
+    {
+        "table_id": 7,
+        "question": "How many does Lake Field hold ?",
+        "answer-text": "8,500",
+        "where": "table",
+    },
+    {"table_id": 7, "question": "Who built it ?", "answer-text": "Jerry", "where": "passage"},
+]
+
+
+def test_hybridqa(tmp_path):
+    folder = tmp_path / "hybridqa"
+    (folder / "tables_tok").mkdir(parents=True)
+    (folder / "dev.json").write_text(json.dumps(HYBRIDQA))
+    with pytest.raises(ConfigError, match=r"has the table_id 7; there is no .*tables_tok/7.json"):
+        hybridqa.documents(str(tmp_path))
+    (folder / "tables_tok" / "7.json").write_text(json.dumps(TABLE))
+    task = load("hybridqa", data_dir=str(tmp_path))
+    prompts = [task.doc_to_text(doc) for doc in task.test_docs()]
+    assert prompts == [
+        f"{TABLE_TEXT}\n\nQuestion: {row['question']}\nAnswer:" for row in HYBRIDQA[:2]
+    ]
+    for outputs, expected in (
+        ([" The Grove.", " 8,500"], [1, 1]),
+        ([" grove", " about 8500 people"], [1, 1]),
+        (["", ""], [0, 0]),
+        ([" Lake Field", " 850"], [0, 0]),
+    ):
+        assert [row["substring_match"] for row in scores(task, outputs)] == expected
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        TABLE_TEXT,
+        {
+            "title": "Stadiums",
+            "header": ["Name", "Capacity"],
+            "rows": [["The Grove", "12,000"], ["Lake Field", "8,500"]],
+        },
+        {
+            "title": "Stadiums",
+            "header": ["Name", "Capacity"],
+            "data": [
+                [{"value": "The Grove", "urls": []}, {"value": "12,000", "urls": []}],
+                [{"value": "Lake Field", "urls": []}, {"value": "8,500", "urls": []}],
+            ],
+        },
+    ],
+)
+def test_tables_come_in_several_forms(table):
+    assert hybridqa.table_text(table) == TABLE_TEXT
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    byte_tokenizer().save(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "hidden", "asked", "gold"),
+    [("single", 1, 1, 1), ("multikey", 4, 1, 1), ("multivalue", 4, 1, 4), ("multiquery", 4, 4, 4)],
+)
+@pytest.mark.parametrize("haystack", ["noise", "needles", "essay"])
+def test_needles(tokenizer, tmp_path, kind, hidden, asked, gold, haystack):
+    (tmp_path / "ruler").mkdir()
+    essay = "It rained. Nobody came to see the boats! Was it cold? " * 9
+    (tmp_path / "ruler" / "essays.txt").write_text(essay)
+    metadata = dict(tokenizer=tokenizer, length=3000, samples=4, haystack=haystack)
+    task = load(f"needle_{kind}", data_dir=str(tmp_path), **metadata)
+    docs = list(task.test_docs())
+    assert len({doc["input"] for doc in docs}) == 4
+    for doc in docs:
+        text = task.doc_to_text(doc)
+        # Room for 128 more, and none for another sentence of the haystack, which is the noise's 90.
+        assert doc["tokens"] == len(text.encode())
+        assert 3000 - 128 - 110 < doc["tokens"] <= 3000 - 128
+        body, question = text.split("\nWhat ")
+        needles_in = body.count("special magic numbers for")
+        assert needles_in == hidden if haystack != "needles" else needles_in > hidden
+        assert len(doc["outputs"]) == gold
+        assert all(f"is: {value}." in body and value not in question for value in doc["outputs"])
+        keys = question.split("mentioned")[0].split(" for ")[1].replace(", and ", ", ").split(", ")
+        assert len(keys) == asked
+        for key in keys:
+            assert f"for {key.strip()} is: " in body
+        found = task.process_results(doc, [f"They are {', '.join(doc['outputs'][:1])}."])
+        assert found == {"recall": 1 / gold}
+        assert task.process_results(doc, [""]) == {"recall": 0.0}
+        assert task.process_results(doc, [" ".join(doc["outputs"])]) == {"recall": 1.0}
+
+
+def test_recall_does_not_look_at_case():
+    doc = {"outputs": ["Blue-Fox", "7"]}
+    assert needles.process_results(doc, ["the blue-fox"]) == {"recall": 0.5}
+
+
+def test_needles_depend_on_the_seed_and_their_number_only(tokenizer):
+    made = lambda **given: needles.documents("multikey", tokenizer, length=1500, **given)["test"]
+    assert made(samples=2)[:] == made(samples=5).select(range(2))[:]
+    assert made(samples=2, seed=1)["input"] != made(samples=2)["input"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tokenizer": None}, "needle tasks need a tokenizer"),
+        ({"haystack": "essay"}, r"DATA_DIR/ruler/essays.txt; give --data_dir"),
+        ({"length": 300}, r"a needle task without a haystack has \d+ tokens; .* for 172 beside"),
+    ],
+)
+def test_needles_that_cannot_be_made(tokenizer, given, message):
+    with pytest.raises(ConfigError, match=message):
+        needles.documents("single", **({"tokenizer": tokenizer} | given))
+
+
+def test_without_essays_the_haystack_is_noise(tokenizer, tmp_path):
+    made = lambda kind: needles.documents(
+        kind, tokenizer, length=1500, samples=1, data_dir=str(tmp_path)
+    )["test"][0]["haystack"]
+    assert (made("single"), made("multikey")) == ("noise", "noise")
+    (tmp_path / "ruler").mkdir()
+    (tmp_path / "ruler" / "essays.txt").write_text("One. Two. Three.")
+    assert (made("single"), made("multikey")) == ("noise", "essay")
