@@ -97,6 +97,50 @@ def attention(setup: dict):
     return tasks, {}, {}
 
 
+def decode(setup: dict):
+    """`generate` of transformers' Olmo2ForCausalLM, greedy, with its cache; tasks `B 1`, `B 8`."""
+    import torch
+    import transformers
+
+    config = transformers.Olmo2Config(
+        **setup["model"],
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(setup["seed"])
+    model = transformers.Olmo2ForCausalLM(config).float().eval()
+    counts = set()
+
+    def task(tokens):
+        tokens = torch.tensor(tokens)
+
+        @torch.inference_mode()
+        def run():
+            out = model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=setup["new_tokens"],
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=0,
+            )
+            counts.add(out.shape[1] - tokens.shape[1])
+
+        return run
+
+    tasks = {f"B {len(tokens)}": task(tokens) for tokens in setup["prompts"]}
+    for run in tasks.values():
+        run()
+    facts = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "attention": model.config._attn_implementation,
+        "new_tokens": sorted(counts),
+    }
+    return tasks, facts, {"transformers": transformers.__version__}
+
+
 def main():
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not an answer
@@ -109,7 +153,7 @@ def main():
         import torch
 
         torch.set_num_threads(setup["threads"])
-        kinds = {"train_step": train_step, "attention": attention}
+        kinds = {"train_step": train_step, "attention": attention, "decode": decode}
         tasks, facts, versions = kinds[setup["kind"]](setup)
     except ImportError as error:
         return answer(missing=str(error))

@@ -85,24 +85,29 @@ def ours(args, preset: str, tokens: np.ndarray) -> tuple[harness.Contender, int]
     return harness.jax_contender(run), count
 
 
+def transformers_config(c: DecoderConfig) -> dict:
+    """The same model, for Olmo2Config."""
+    return {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.d_model,
+        "intermediate_size": c.d_ff,
+        "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_kv_heads,
+        "max_position_embeddings": c.max_length,
+        "rope_theta": c.rope_theta,
+        "rms_norm_eps": c.norm_eps,
+        "initializer_range": c.init_std,
+    }
+
+
 def theirs(args, tokens: np.ndarray) -> harness.Torch:
     c = model_config(args, "rope")
     setup = {
         "kind": "train_step",
         "seed": args.seed,
         "tokens": tokens.tolist(),
-        "model": {
-            "vocab_size": c.vocab_size,
-            "hidden_size": c.d_model,
-            "intermediate_size": c.d_ff,
-            "num_hidden_layers": c.n_layers,
-            "num_attention_heads": c.n_heads,
-            "num_key_value_heads": c.n_kv_heads,
-            "max_position_embeddings": c.max_length,
-            "rope_theta": c.rope_theta,
-            "rms_norm_eps": c.norm_eps,
-            "initializer_range": c.init_std,
-        },
+        "model": transformers_config(c),
         "optimizer": {
             name: getattr(OPTIMIZER, name)
             for name in ("learning_rate", "b1", "b2", "eps", "weight_decay", "clip_norm")

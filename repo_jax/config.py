@@ -120,13 +120,13 @@ class RopeScaling:
 
     Attributes:
       factor: how many times longer the context may get.
-      original_length: tokens the model was trained on.
+      original_length: tokens the model was trained on. None: the model's `max_length`.
       beta_fast, beta_slow: turns over `original_length` above which a pair keeps its
         frequency, and below which it is divided by `factor`; a linear ramp between.
     """
 
     factor: float
-    original_length: int
+    original_length: int | None = None
     beta_fast: float = 32.0
     beta_slow: float = 1.0
 
@@ -207,6 +207,10 @@ class DecoderConfig:
                 f"model.eos_ids has {name}; model.vocab_size is {self.vocab_size}",
             )
         self.positions.kinds(self.n_layers)
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.original_length is None:
+            scaling = dataclasses.replace(scaling, original_length=self.max_length)
+            object.__setattr__(self, "rope_scaling", scaling)
 
     @property
     def kinds(self) -> tuple[PositionKind, ...]:
@@ -580,6 +584,8 @@ class EvalConfig:
       output: a JSON file; None: in the run directory, or printed only. With `tasks`, a folder
         to make `evaluation/` in; None: the run directory.
       dtype: of activations.
+      rope_scaling: YaRN, for contexts longer than the model was trained on. None: what the model
+        has. A suite that says which factor it takes overrules it.
       tasks: instead of perplexity: suites (noisy, structured, long, general) and tasks of
         lm-eval, with commas between.
       tasks_dir: a folder of task files of your own, in lm-eval's format.
@@ -601,6 +607,7 @@ class EvalConfig:
     max_tokens: int | None = 1_000_000
     output: str | None = None
     dtype: Dtype = "float32"
+    rope_scaling: RopeScaling | None = None
     tasks: tuple[str, ...] | str = ()
     tasks_dir: str | None = None
     data_dir: str | None = None

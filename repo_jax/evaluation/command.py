@@ -74,7 +74,7 @@ def _open(config: EvalConfig) -> tuple[RePoLM, Any, int | None, Data]:
         from repo_jax.training.run_dir import read_config
 
         started = read_config(Path(config.run))
-        model, params, step = load_run_step(config.run, config.step)
+        model, params, step = load_run_step(config.run, config.step, config.rope_scaling)
         if not config.text and not config.tokens:
             return model, params, step, open_data(started.data, model.config)
         section, folder = started.data, config.run
@@ -85,7 +85,7 @@ def _open(config: EvalConfig) -> tuple[RePoLM, Any, int | None, Data]:
         if not config.text and not config.tokens:
             raise ConfigError("--model needs --text or --tokens: what to evaluate it on")
         folder, step = locate(config.model, config.revision), None
-        model, params = from_pretrained(folder)
+        model, params = from_pretrained(folder, rope_scaling=config.rope_scaling)
         section = DataConfig(sequence_length=model.config.max_length)
     if config.tokens:
         section = dataclasses.replace(

@@ -466,17 +466,18 @@ def load_run(
     Raises:
       ConfigError: no run, or no such checkpoint, or it is damaged.
     """
-    model, params, _ = load_run_step(run_dir, step)
-    scaling = rope_scaling or model.config.rope_scaling
-    return RePoLM(dataclasses.replace(model.config, rope_scaling=scaling)), params
+    return load_run_step(run_dir, step, rope_scaling)[:2]
 
 
-def load_run_step(run_dir: str | Path, step: int | str = "latest") -> tuple[RePoLM, dict, int]:
+def load_run_step(
+    run_dir: str | Path, step: int | str = "latest", rope_scaling: RopeScaling | None = None
+) -> tuple[RePoLM, dict, int]:
     """`load_run`, and which step it is."""
     run_dir = Path(run_dir)
     config = read_config(run_dir)
     # What runs attention is chosen anew: this may be another machine.
-    model = RePoLM(dataclasses.replace(config.model, attention=None))
+    changes = {} if rope_scaling is None else {"rope_scaling": rope_scaling}
+    model = RePoLM(dataclasses.replace(config.model, attention=None, **changes))
     abstract = abstract_params(model)
     with Checkpoints(run_dir, checkpoint_dir=config.training.checkpoint_dir) as checkpoints:
         found = checkpoints.find(step)

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from repo_jax import cli, save_pretrained
-from repo_jax.config import DecoderConfig, EvalConfig
+from repo_jax import cli, load_run, save_pretrained
+from repo_jax.config import DecoderConfig, EvalConfig, RopeScaling
 from repo_jax.data import ValidationBatches, byte_tokenizer, open_data, segment_ids
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation import command
@@ -160,3 +160,20 @@ def test_mistakes(run, capsys, options, message):
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.fullmatch(message, line), line
+
+
+def test_yarn_changes_the_model_that_is_scored(tmp_path):
+    config = parse(write_config(tmp_path))
+    make_run(tmp_path / "run", config)
+    report = lambda *options: evaluate(
+        cli.parse(EvalConfig, "eval.py", "", ["--run", str(tmp_path / "run"), *options])[0]
+    )
+    plain = report()
+    for options, length in (
+        (["--rope_scaling.factor=4"], config.model.max_length),
+        (["--rope_scaling.factor=4", "--rope_scaling.original_length=8"], 8),
+    ):
+        scaled, _ = load_run(tmp_path / "run", rope_scaling=RopeScaling(4.0, length))
+        assert scaled.config.rope_scaling == RopeScaling(4.0, length)
+        assert report(*options)["results"] != plain["results"]
+    assert report("--rope_scaling.factor=1")["results"] == plain["results"]

@@ -61,16 +61,18 @@ def load(
     step: str = "latest",
     revision: str | None = None,
     dtype: str = "float32",
+    rope_scaling: RopeScaling | None = None,
 ) -> Loaded:
-    """Reads a run or a model, for activations in `dtype`."""
+    """Reads a run or a model, for activations in `dtype`, with YaRN if it is given."""
     if run is not None:
         from repo_jax.training.checkpoints import load_run_step
 
-        lm, params, found = load_run_step(run, step)
+        lm, params, found = load_run_step(run, step, rope_scaling)
     else:
         from repo_jax.interop import from_pretrained
 
-        (lm, params), found = from_pretrained(tokenizer_folder(run, model, revision)), None
+        folder = tokenizer_folder(run, model, revision)
+        (lm, params), found = from_pretrained(folder, rope_scaling=rope_scaling), None
     return Loaded(RePoLM(dataclasses.replace(lm.config, dtype=dtype)), params, found)
 
 
@@ -140,19 +142,18 @@ class RepoJaxLM(TemplateLM):
             raise ConfigError("model_args needs one of run=DIR and pretrained=DIR_OR_HUB_ID")
         folder = given["tokenizer"] or tokenizer_folder(run, model, given["revision"])
         tokenizer = Tokenizer.load(folder)
+        factor, scaling = given["rope_factor"], None
+        if factor is not None:
+            scaling = RopeScaling(float(factor), given["rope_original_length"])
         loaded = load(
             *(run, model),
             step=str(given["step"] or "latest"),
             revision=given["revision"],
             dtype=given["dtype"] or "float32",
+            rope_scaling=scaling,
         )
-        config = loaded.model.config
-        if given["rope_factor"] is not None:
-            original = given["rope_original_length"] or config.max_length
-            scaling = RopeScaling(float(given["rope_factor"]), original)
-            config = dataclasses.replace(config, rope_scaling=scaling)
         return cls(
-            *(RePoLM(config), loaded.params, tokenizer),
+            *(loaded.model, loaded.params, tokenizer),
             batch_tokens=given["batch_tokens"] or 16_384,
             max_length=given["max_length"],
             cache=given["cache"] and RequestCache(given["cache"]),

@@ -64,6 +64,7 @@ def evaluate_tasks(config: EvalConfig) -> dict[str, Any]:
         step=config.step,
         revision=config.revision,
         dtype=config.dtype,
+        rope_scaling=config.rope_scaling,
     )
     out.mkdir(parents=True, exist_ok=True)
     lm = RepoJaxLM(
@@ -185,7 +186,7 @@ def _entry(config: EvalConfig, group: Group, asked: SuiteTask, tasks: dict[str, 
     metric = asked.metric or metrics[0]
     if config.published_scoring and _PUBLISHED in metrics:
         metric = _PUBLISHED
-    scaling = group.rope_scaling
+    scaling = group.rope_scaling or config.rope_scaling
     settings = {
         "metric": metric,
         "filter": asked.filter or first._filters[0].name,

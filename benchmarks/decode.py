@@ -1,0 +1,124 @@
+"""Seconds to continue prompts: repo-jax (rope, repo) and transformers' OLMo 2.
+
+    python -m benchmarks.decode --torch_python /path/to/python-with-torch
+
+Contenders, with random weights and prompts, float32, greedy, on the same CPUs: repo-jax with
+preset rope; repo-jax with preset repo; `generate` of Olmo2ForCausalLM of Hugging Face
+transformers in PyTorch eager with its key/value cache. A call is from prompts on the host to
+continuations on the host. Rounds alternate; see harness.py for that and for the intervals.
+
+Limits:
+* One machine, one size. CPU only; says nothing of a GPU or TPU.
+* Decoding at batch 1 reads every weight for each token, so it measures memory more than arithmetic.
+* Compilation is not counted.
+"""
+
+import statistics
+
+import jax
+import numpy as np
+
+from benchmarks import harness
+from benchmarks.train_step import model_config, transformers_config
+from repo_jax.inference import Generator
+from repo_jax.modeling import RePoLM, init_params
+
+BATCHES = (1, 8)
+ROPE, REPO, OLMO2 = "repo-jax rope", "repo-jax repo", "transformers olmo2"
+PAIRS = (
+    ("rope_over_transformers", "tokens/s, repo-jax rope / transformers", OLMO2, ROPE),
+    ("repo_over_transformers", "tokens/s, repo-jax repo / transformers", OLMO2, REPO),
+    ("repo_time_over_rope", "time, repo-jax repo / repo-jax rope", REPO, ROPE),
+)
+
+
+def options():
+    p = harness.parser(__doc__.splitlines()[0])
+    p.add_argument("--d_model", type=int, default=512)
+    p.add_argument("--d_ff", type=int, default=1408)
+    p.add_argument("--n_layers", type=int, default=8)
+    p.add_argument("--n_heads", type=int, default=8)
+    p.add_argument("--vocab_size", type=int, default=8192)
+    p.add_argument("--length", type=int, default=256, help="tokens of a prompt")
+    p.add_argument("--new_tokens", type=int, default=64)
+    return p
+
+
+def main():
+    args = options().parse_args()
+    path = harness.prepare(args, "decode")
+    rng = np.random.default_rng(args.seed)
+    prompts = {n: rng.integers(args.vocab_size, size=(n, args.length)).tolist() for n in BATCHES}
+    torch = None
+    if not args.no_torch:
+        model = transformers_config(model_config(args, "rope"))
+        setup = dict(kind="decode", seed=args.seed, model=model, new_tokens=args.new_tokens)
+        torch = harness.Torch(args, setup | {"prompts": list(prompts.values())})
+        if torch.about["new_tokens"] != [args.new_tokens]:
+            raise SystemExit(f"{OLMO2} gave {torch.about['new_tokens']} tokens")
+
+    contenders, parameters = {}, {}
+    for name, preset in ((ROPE, "rope"), (REPO, "repo")):
+        model = RePoLM(model_config(args, preset))
+        params = init_params(model, jax.random.key(args.seed))
+        parameters[name] = sum(p.size for p in jax.tree.leaves(params))
+        generator = Generator(model, params)
+        for n in BATCHES:
+
+            def run(generator=generator, n=n):
+                given = dict(max_new_tokens=args.new_tokens, eos_ids=())
+                return [c.ids for c in generator.complete(prompts[n], **given)]
+
+            contenders[f"{name}, B {n}"] = harness.jax_contender(run)
+    if torch:
+        parameters[OLMO2] = torch.about["parameters"]
+        contenders |= {f"{OLMO2}, B {n}": torch.contender(f"B {n}") for n in BATCHES}
+        if parameters[ROPE] != parameters[OLMO2]:
+            raise SystemExit(f"{ROPE} and {OLMO2} differ in size: not the same model")
+
+    times, _ = harness.measure(contenders, args)
+    if torch:
+        torch.close()
+    names = [f"{name}, B {n}" for n in BATCHES for name in (ROPE, REPO, OLMO2)]
+    speed = {
+        name: int(name.rsplit(" ", 1)[1]) * args.new_tokens / statistics.median(times[name])
+        for name in names
+        if name in times
+    }
+    ratios = {
+        f"{key}_b{n}": (f"B {n}: {what}", harness.compare(times[a], times[b], args.seed))
+        for n in BATCHES
+        for key, what, *pair in PAIRS
+        for a, b in [[f"{name}, B {n}" for name in pair]]
+        if a in times and b in times
+    }
+    sizes = (
+        f"D {args.d_model}, F {args.d_ff}, {args.n_layers} layers, {args.n_heads} heads, V "
+        f"{args.vocab_size}, prompts of {args.length} tokens, {args.new_tokens} new, float32"
+    )
+    attention = f" transformers' attention: {torch.about['attention']}." if torch else ""
+    lines = [
+        *(f"{sizes}; median over rounds, reading the prompt included.{attention}", ""),
+        *harness.table(
+            ("contender", "new tokens/s", "seconds"),
+            (
+                f"{name} | {rate:,.0f} | {statistics.median(times[name]):.4f}"
+                for name, rate in speed.items()
+            ),
+        ),
+        *harness.table(
+            ("ratio", "median", "95 % interval"),
+            (f"{what} | {harness.show(ratio)}" for what, ratio in ratios.values()),
+        ),
+    ]
+    data = {
+        "parameters": parameters,
+        "new_tokens_per_second": speed,
+        "ratios": {key: ratio for key, (_, ratio) in ratios.items()},
+        "seconds": times,
+    }
+    harness.report(path, "Decoding", lines, data, args, torch)
+
+
+if __name__ == "__main__":
+    main()
