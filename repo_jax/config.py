@@ -586,6 +586,10 @@ class EvalConfig:
       dtype: of activations.
       rope_scaling: YaRN, for contexts longer than the model was trained on. None: what the model
         has. A suite that says which factor it takes overrules it.
+      by_position: loss by the distance into the document, across windows, as table and plot;
+        `output` is then the JSON file, and the others lie beside it.
+      stride: with `by_position`, tokens between the starts of two windows of a document. None:
+        half of each context length.
       tasks: instead of perplexity: suites (noisy, structured, long, general) and tasks of
         lm-eval, with commas between.
       tasks_dir: a folder of task files of your own, in lm-eval's format.
@@ -608,6 +612,8 @@ class EvalConfig:
     output: str | None = None
     dtype: Dtype = "float32"
     rope_scaling: RopeScaling | None = None
+    by_position: bool = False
+    stride: int | None = None
     tasks: tuple[str, ...] | str = ()
     tasks_dir: str | None = None
     data_dir: str | None = None
@@ -632,7 +638,16 @@ class EvalConfig:
             (self.run is None) != (self.model is None),
             "give one of --run (a run directory) and --model (a folder or hub id)",
         )
-        _positive(self, "eval", "batch_tokens", "max_tokens", "limit")
+        _positive(self, "eval", "batch_tokens", "max_tokens", "limit", "stride")
+        _require(self.by_position or self.stride is None, "--stride needs --by_position true")
+        _require(
+            not (self.by_position and self.tasks), "--by_position and --tasks exclude each other"
+        )
+        if self.stride is not None and self.context_lengths:
+            _require(
+                self.stride <= min(self.context_lengths),
+                f"--stride is {self.stride}; it must be at most the shortest of --context_lengths",
+            )
         _require(
             self.num_fewshot is None or self.num_fewshot >= 0,
             f"eval.num_fewshot is {self.num_fewshot}; it must be 0 or more",

@@ -13,6 +13,7 @@ from repo_jax import cli
 from repo_jax.config import DataConfig, EvalConfig
 from repo_jax.data import Data, Tokenizer, ValidationBatches, open_data, open_text, trim_tokens
 from repo_jax.errors import ConfigError, MissingPackageError
+from repo_jax.evaluation import by_position
 from repo_jax.evaluation.perplexity import Score, score
 from repo_jax.modeling import RePoLM
 
@@ -55,6 +56,34 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         shown = tqdm(batches, f"context {length}", disable=not sys.stderr.isatty(), leave=False)
         results.append(_row(length, score(model, params, shown, data.byte_lengths)))
     return {"source": config.run or config.model, "step": step, "results": results}
+
+
+def evaluate_by_position(config: EvalConfig) -> list[by_position.Bin]:
+    """Scores a run or a model by the distance of tokens into their documents.
+
+    Raises:
+      ConfigError: nothing to score, or it does not fit.
+    """
+    model, params, _, data = _open(config)
+    model = RePoLM(dataclasses.replace(model.config, dtype=config.dtype))
+    trained_on = data.config.sequence_length
+    lengths = config.context_lengths or (trained_on // 2, trained_on, trained_on * 2)
+    documents = by_position.split_documents(data.validation, data.eos_id, config.max_tokens)
+    if not documents:
+        raise ConfigError("the held-out text has no document of two tokens or more")
+    bins = []
+    for length in lengths:
+        try:
+            bins += by_position.score_by_position(
+                *(model, params, documents),
+                context_length=length,
+                stride=config.stride,
+                batch_tokens=max(config.batch_tokens, length),
+                byte_lengths=data.byte_lengths,
+            )
+        except ValueError as error:
+            raise ConfigError(f"--{error}") from None
+    return bins
 
 
 def _row(length: int, result: Score) -> dict[str, Any]:
@@ -139,6 +168,21 @@ def _evaluate_tasks(config: EvalConfig) -> None:
     print(run.table(run.evaluate_tasks(config)))
 
 
+def _by_position(config: EvalConfig) -> None:
+    bins = evaluate_by_position(config)
+    print(by_position.table(bins))
+    output = config.output
+    if output is None and config.run is not None:
+        output = Path(config.run) / "evaluation" / "by_position.json"
+    if output is None:
+        return
+    output, source = Path(output), config.run or config.model
+    _write(output, {"source": source, "results": [dataclasses.asdict(b) for b in bins]})
+    by_position.write_csv(output.with_suffix(".csv"), bins)
+    for suffix in (".png", ".svg"):
+        by_position.plot(output.with_suffix(suffix), bins, Path(source).name)
+
+
 def _write(output: Path, report: dict[str, Any]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=1) + "\n")
@@ -154,6 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config, _ = cli.parse(EvalConfig, "eval.py", about, arguments, _add_compare)
     if config.tasks:
         return _evaluate_tasks(config)
+    if config.by_position:
+        return _by_position(config)
     output = config.output
     if output is None and config.run is not None:
         output = Path(config.run) / "evaluation" / "perplexity.json"

@@ -78,3 +78,37 @@ def score(
         sums = jax.device_get(_batch_sums(model, params, batch, lengths, chunk))
         nll, targets, n_bytes = nll + float(sums[0]), targets + int(sums[1]), n_bytes + int(sums[2])
     return Score(nll, targets, n_bytes if known else None)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "chunk"))
+def log_probabilities(model: RePoLM, params, tokens_BT, at_BP, targets_BP, *, chunk: int = 1024):
+    """Of single targets; no logits [B, T, V] exist, only those of `chunk` positions.
+
+    Args:
+      model, params: as `from_pretrained` or `load_run` returns them.
+      tokens_BT: int32 [B, T]. What is right of a token is not seen by it.
+      at_BP: int32 [B, P], where in the row the target comes next.
+      targets_BP: int32 [B, P].
+      chunk: positions whose logits exist at a time.
+
+    Returns:
+      float32 [B, P], and bool [B, P]: whether the target is the likeliest.
+    """
+    hidden_BTD = model.apply({"params": params}, tokens_BT, method="hidden")
+    picked = jnp.take_along_axis(hidden_BTD, at_BP[..., None], axis=1)
+    B, P, D = picked.shape
+    chunk = min(chunk, B * P)
+    n = -(-B * P // chunk)
+    fill = n * chunk - B * P
+    picked = jnp.pad(picked.reshape(B * P, D), ((0, fill), (0, 0))).reshape(n, 1, chunk, D)
+    targets = jnp.pad(targets_BP.reshape(B * P), (0, fill)).reshape(n, 1, chunk)
+
+    def body(_, xs):
+        h, target = xs
+        logits = model.apply({"params": params}, h, method="logits")
+        logprob = jnp.take_along_axis(logits, target[..., None], -1)[..., 0]
+        logprob -= jax.nn.logsumexp(logits, axis=-1)
+        return None, (logprob, logits.argmax(-1) == target)
+
+    _, found = jax.lax.scan(body, None, (picked, targets))
+    return jax.tree.map(lambda x: x.reshape(-1)[: B * P].reshape(B, P), found)

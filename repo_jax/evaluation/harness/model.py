@@ -21,12 +21,11 @@ from repo_jax.config import RopeScaling, to_dict
 from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation.harness.cache import RequestCache
+from repo_jax.evaluation.perplexity import log_probabilities
 from repo_jax.inference.generator import Generator
 from repo_jax.inference.sampling import Sampling
 from repo_jax.modeling import RePoLM
 
-# Logits exist for so many positions at a time.
-_CHUNK = 1024
 # What generation keeps of each row at least, however short.
 _LEAST_SLOTS = 512
 
@@ -320,7 +319,7 @@ class RepoJaxLM(TemplateLM):
                     inputs[row, :n] = tokens[i][:-1]
                     at[row, :count] = np.arange(n - count, n)
                     targets[row, :count] = tokens[i][-count:]
-                found = _log_probabilities(self._model, self._params, inputs, at, targets, _CHUNK)
+                found = log_probabilities(self._model, self._params, inputs, at, targets)
                 logprobs, greedy = jax.device_get(found)
                 for row, i in enumerate(rows):
                     count = counts[i]
@@ -400,30 +399,6 @@ def _batches(
 
 def _progress(total: int, what: str) -> tqdm:
     return tqdm(total=total, desc=what, disable=not sys.stderr.isatty(), leave=False)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "chunk"))
-def _log_probabilities(model, params, tokens_BT, at_BP, targets_BP, chunk):
-    """Of targets [B, P] after the tokens at [B, P]: log-probabilities, float32, and whether each
-    is the likeliest. No logits [B, T, V] exist, only those of `chunk` positions."""
-    hidden_BTD = model.apply({"params": params}, tokens_BT, method="hidden")
-    picked = jnp.take_along_axis(hidden_BTD, at_BP[..., None], axis=1)
-    B, P, D = picked.shape
-    chunk = min(chunk, B * P)
-    n = -(-B * P // chunk)
-    fill = n * chunk - B * P
-    picked = jnp.pad(picked.reshape(B * P, D), ((0, fill), (0, 0))).reshape(n, 1, chunk, D)
-    targets = jnp.pad(targets_BP.reshape(B * P), (0, fill)).reshape(n, 1, chunk)
-
-    def body(_, xs):
-        h, target = xs
-        logits = model.apply({"params": params}, h, method="logits")
-        logprob = jnp.take_along_axis(logits, target[..., None], -1)[..., 0]
-        logprob -= jax.nn.logsumexp(logits, axis=-1)
-        return None, (logprob, logits.argmax(-1) == target)
-
-    _, found = jax.lax.scan(body, None, (picked, targets))
-    return jax.tree.map(lambda x: x.reshape(-1)[: B * P].reshape(B, P), found)
 
 
 @jax.jit
