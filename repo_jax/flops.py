@@ -4,7 +4,8 @@ PaLM's (arXiv 2204.02311, appendix B): a token costs 6 flop for each parameter o
 the embedding's look-up being none, and 12 L N H T for attention: 2 for a product and its sum,
 forward once and backward twice; recomputation does not count. That takes all pairs of tokens,
 also those that a causal mask leaves out; `causal=True` counts only what a query sees, T (T + 1) / 2
-pairs. RePo's f_phi counts like any other product.
+pairs. RePo's f_phi counts like any other product, and so does CoPE's of queries and whole
+positions.
 """
 
 from repo_jax.config import DecoderConfig
@@ -33,6 +34,9 @@ def model_flops_per_token(config: DecoderConfig, length: int, *, causal: bool = 
       causal: count the pairs of tokens that a causal mask leaves, instead of all.
     """
     seen = (length + 1) / 2 if causal else length
+    if "cope" in config.kinds:
+        # Each query head also meets every whole position, which counts as half a pair.
+        seen += config.positions.cope_positions / 2
     attention = 12 * config.n_layers * config.n_heads * config.head_dim * seen
     return 6 * matmul_parameters(config) + attention
 

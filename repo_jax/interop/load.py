@@ -117,9 +117,10 @@ class Source:
         if self.has(entry):
             return entry.to_ours(self.checkpoint.read_entry(entry))
         # By layer and name, so that a weight does not depend on which others are new.
-        maps = ("gate_map", "content_map", "final_map", "linear_map")
+        maps = ("gate_map", "content_map", "final_map", "linear_map", "position_kernel")
         key = jax.random.fold_in(self._rng, entry.layer)
-        key = jax.random.fold_in(key, maps.index(entry.path[-2]))
+        (at,) = (i for i, name in enumerate(maps) if name in entry.path)
+        key = jax.random.fold_in(key, at)
         return np.asarray(self._std * jax.random.truncated_normal(key, -3.0, 3.0, entry.ours))
 
 

@@ -45,11 +45,6 @@ class Entry:
     stored: tuple[int, ...]
     ours: tuple[int, ...]
 
-    @property
-    def is_repositioning(self) -> bool:
-        """Whether it is a weight of f_phi."""
-        return "repositioning" in self.path
-
     def source(self, layout: Layout) -> tuple[str, int]:
         """The tensor that has its numbers, and the first row of them there."""
         return (self.olmo, self.olmo_row) if layout == "olmo" else (self.name, 0)
@@ -64,7 +59,7 @@ class Entry:
 
     @property
     def _is_map(self) -> bool:
-        return self.path[-1] == "kernel"
+        return self.path[-1].endswith("kernel")
 
 
 def table(config: DecoderConfig) -> list[Entry]:
@@ -88,6 +83,9 @@ def table(config: DecoderConfig) -> list[Entry]:
         ("mlp/down/kernel", f, d, "mlp.down_proj", "ff_out", 0),
         ("mlp_norm/scale", (), d, "post_feedforward_layernorm", "ff_norm", 0),
     ]
+    # Upstream's fork has CoPE, but no published checkpoint with it; the name is ours.
+    cope = ("attention/position_kernel", (c.head_dim,), (c.positions.cope_positions,))
+    cope = (*cope, "self_attn.position_map", "position_map", 0)
     width, columns = (c.d_position,), (c.position_columns,)
     maps = {
         "swiglu": [
@@ -121,7 +119,7 @@ def table(config: DecoderConfig) -> list[Entry]:
     entries = [dataclasses.replace(embedding, stored=embedding.ours)]
     n_repo = 0
     for i, kind in enumerate(c.kinds):
-        rows = [(spec, i) for spec in block]
+        rows = [(spec, i) for spec in block + [cope] * (kind == "cope")]
         if kind == "repo":
             rows += [(spec, n_repo) for spec in f_phi]
             n_repo += 1

@@ -84,6 +84,10 @@ def _special_kind(config: DecoderConfig) -> str:
 
 def _mode(config: DecoderConfig) -> str:
     kind = _special_kind(config)
+    if kind == "cope":
+        raise ConfigError(
+            "positions is CoPE, which upstream's readers cannot run; save with format='repo_jax'"
+        )
     if kind != "repo":
         return {"rope": "none", "nope": "nope"}[kind]
     columns, f_phi = config.position_columns, config.positions.f_phi
