@@ -36,7 +36,7 @@ def model_flops_per_token(config: DecoderConfig, length: int, *, causal: bool = 
     seen = (length + 1) / 2 if causal else length
     if "cope" in config.kinds:
         # Each query head also meets every whole position, which counts as half a pair.
-        seen += config.positions.cope_positions / 2
+        seen += min(config.positions.cope_positions, length + 1) / 2
     attention = 12 * config.n_layers * config.n_heads * config.head_dim * seen
     return 6 * matmul_parameters(config) + attention
 

@@ -19,7 +19,7 @@ def _cos_sin(positions_BTP, inv_freq_F, rope_scale):
         halves = jax.lax.map(evaluate, positions.reshape(2, -1))
         return jax.tree.map(lambda x: x.reshape(*positions.shape, -1), halves)
 
-    if positions_BTP.size % 2:
+    if positions_BTP.size % 2 or positions_BTP.shape[1] == 1:  # few: cheaper than a loop
         return evaluate(positions_BTP)
     return jax.lax.platform_dependent(positions_BTP, cpu=stored, default=evaluate)
 

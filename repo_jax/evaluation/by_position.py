@@ -42,21 +42,28 @@ class Bin:
 
 
 def split_documents(
-    tokens: Sequence[np.ndarray], eos_id: int | None, max_tokens: int | None = None
+    tokens: Sequence[np.ndarray],
+    eos_id: int | None,
+    max_tokens: int | None = None,
+    *,
+    cut: bool = False,
 ) -> list[np.ndarray]:
     """Documents of at least two tokens, each with the eos that ends it.
 
     Args:
-      tokens: [tokens] each; the start of each is the start of a document.
+      tokens: [tokens] each.
       eos_id: what ends a document; None: each array is one.
       max_tokens: of these, from the start; the last document may be cut. None: all.
+      cut: the arrays begin anywhere, so what comes before the first eos of each is left out:
+        how far it is into its document is not known.
     """
     documents, left = [], math.inf if max_tokens is None else max_tokens
     for array in tokens:
         array = np.asarray(array[: int(min(left, len(array)))])
         left -= len(array)
         ends = [] if eos_id is None else np.flatnonzero(array == eos_id) + 1
-        documents += (part for part in np.split(array, ends) if len(part) > 1)
+        parts = np.split(array, ends)[int(cut) :]
+        documents += (part for part in parts if len(part) > 1)
     return documents
 
 
@@ -219,8 +226,8 @@ def write_csv(path: Path, bins: Sequence[Bin]) -> None:
         writer.writerows(map(dataclasses.asdict, bins))
 
 
-def plot(path: Path, bins: Sequence[Bin], title: str) -> None:
-    """A curve for each context length; the suffix of `path` says PNG or SVG.
+def import_pyplot():
+    """matplotlib's pyplot, for files only.
 
     Raises:
       MissingPackageError: matplotlib is not installed.
@@ -232,6 +239,16 @@ def plot(path: Path, bins: Sequence[Bin], title: str) -> None:
         from matplotlib import pyplot
     except ImportError:
         raise MissingPackageError("matplotlib", "the plot of --by_position", "plots") from None
+    return pyplot
+
+
+def plot(path: Path, bins: Sequence[Bin], title: str) -> None:
+    """A curve for each context length; the suffix of `path` says PNG or SVG.
+
+    Raises:
+      MissingPackageError: matplotlib is not installed.
+    """
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
     # Okabe and Ito's colours, which colour-blind readers tell apart, and markers besides.
     colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

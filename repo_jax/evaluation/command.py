@@ -58,17 +58,24 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     return {"source": config.run or config.model, "step": step, "results": results}
 
 
-def evaluate_by_position(config: EvalConfig) -> list[by_position.Bin]:
+def evaluate_by_position(config: EvalConfig) -> tuple[list[by_position.Bin], int | None]:
     """Scores a run or a model by the distance of tokens into their documents.
+
+    Returns:
+      The bins of all context lengths, and the step of the run.
 
     Raises:
       ConfigError: nothing to score, or it does not fit.
     """
-    model, params, _, data = _open(config)
+    model, params, step, data = _open(config)
     model = RePoLM(dataclasses.replace(model.config, dtype=config.dtype))
     trained_on = data.config.sequence_length
     lengths = config.context_lengths or (trained_on // 2, trained_on, trained_on * 2)
-    documents = by_position.split_documents(data.validation, data.eos_id, config.max_tokens)
+    # Of a token file the last windows are held out, which may begin within a document.
+    cut = data.tokenizer is None and not data.config.validation_tokens
+    documents = by_position.split_documents(
+        data.validation, data.eos_id, config.max_tokens, cut=cut
+    )
     if not documents:
         raise ConfigError("the held-out text has no document of two tokens or more")
     bins = []
@@ -83,7 +90,7 @@ def evaluate_by_position(config: EvalConfig) -> list[by_position.Bin]:
             )
         except ValueError as error:
             raise ConfigError(f"--{error}") from None
-    return bins
+    return bins, step
 
 
 def _row(length: int, result: Score) -> dict[str, Any]:
@@ -169,15 +176,18 @@ def _evaluate_tasks(config: EvalConfig) -> None:
 
 
 def _by_position(config: EvalConfig) -> None:
-    bins = evaluate_by_position(config)
-    print(by_position.table(bins))
     output = config.output
     if output is None and config.run is not None:
         output = Path(config.run) / "evaluation" / "by_position.json"
+    if output is not None:
+        by_position.import_pyplot()  # before the long work
+    bins, step = evaluate_by_position(config)
+    print(by_position.table(bins))
     if output is None:
         return
     output, source = Path(output), config.run or config.model
-    _write(output, {"source": source, "results": [dataclasses.asdict(b) for b in bins]})
+    report = {"source": source, "step": step, "stride": config.stride}
+    _write(output, report | {"results": [dataclasses.asdict(b) for b in bins]})
     by_position.write_csv(output.with_suffix(".csv"), bins)
     for suffix in (".png", ".svg"):
         by_position.plot(output.with_suffix(suffix), bins, Path(source).name)

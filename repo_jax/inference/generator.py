@@ -106,8 +106,6 @@ def _prefill(
     lengths_B: of the prompts; 0 for a row that only fills the batch.
     """
     B, S = tokens_BS.shape
-    if not isinstance(params["layers"], tuple):
-        params = split_layers(config, params)  # once, not in the loop
     index_BS = jnp.arange(S, dtype=jnp.int32)[None] - (n_chunks * chunk - lengths_B)[:, None]
     index_BS = jnp.maximum(index_BS, -1)
     part = lambda x, i: jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1)
@@ -148,8 +146,6 @@ def _decode(
 
     Returns the state, and tokens and log-probabilities [B, window]; -1 where a row had ended.
     """
-    if not isinstance(params["layers"], tuple):
-        params = split_layers(config, params)
     B = state.token.size
     out = (jnp.full((B, window), -1, jnp.int32), jnp.zeros((B, window)))
 
@@ -373,20 +369,21 @@ def generate(
 
 
 def _prepare(config: DecoderConfig, params, *, in_place: bool):
-    """Weights in the dtype they are used in; split by layer where that copies nothing."""
+    """Weights split by layer, in the dtype they are used in; on a CPU, no copies of float32."""
 
     def cast(path, x):
         names = {getattr(key, "key", None) for key in path}
         exact = names & {"scale", "final_map", "linear_map"} or "kernel" not in names
         return x if exact or x.dtype == config.dtype else x.astype(config.dtype)
 
-    params = jax.tree_util.tree_map_with_path(cast, params)
-    if not in_place:
-        return params
+    def ready(params):
+        return split_layers(config, jax.tree_util.tree_map_with_path(cast, params))
+
     # Layers of a stack lie one after the other, and JAX takes such parts of a numpy array for
     # its own without copying them.
-    layers = split_layers(config, {"layers": jax.tree.map(np.asarray, params["layers"])})
-    return params | jax.device_put(layers, may_alias=True)
+    if in_place:
+        return jax.device_put(ready(jax.tree.map(np.asarray, params)), may_alias=True)
+    return jax.jit(ready)(params)
 
 
 def _places(prompts) -> np.ndarray:

@@ -111,7 +111,7 @@ def extend(
 
     Args:
       config: of the model.
-      params: its parameters, or what `split_layers` makes of them.
+      params: what `split_layers` makes of its parameters.
       tokens_BT: int32 [B, T].
       index_BT: int32 [B, T], which token of its sequence each one is; -1 for padding, which
         sees and is seen by nothing.
@@ -120,8 +120,6 @@ def extend(
     Returns:
       The input of the head, [B, T, D], as `RePoLM.hidden`, and the new cache.
     """
-    if not isinstance(params["layers"], tuple):
-        params = split_layers(config, params)
     kept = jnp.where(index_BT < 0, NEVER, index_BT)
     index = jax.lax.dynamic_update_slice(cache.index, kept, (0, cache.filled))
     x_BTD = look_up(params["embedding"]["embedding"], tokens_BT, jnp.dtype(config.dtype))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from repo_jax.config import DecoderConfig
 from repo_jax.evaluation import command
 from repo_jax.evaluation.by_position import score_by_position, split_documents, windows
+from repo_jax.evaluation.perplexity import score
 from repo_jax.modeling import RePoLM, init_params
 from tests.tiny_runs import make_run, parse, write_config
 
@@ -83,6 +84,17 @@ def test_bins_are_the_definition(made, context, stride):
         assert b.low is None or b.low <= b.loss <= b.high
 
 
+def test_bins_add_up_to_the_perplexity_of_whole_documents(made):
+    lengths = [40, 2, 17, 5]
+    documents = documents_of(lengths)
+    bins = score_by_position(*made, documents, context_length=64)
+    fill = lambda x: np.pad(x, (0, 64 - sum(lengths))).astype(np.int32)[None]
+    row, segments = fill(np.concatenate(documents)), fill(np.repeat([1, 2, 3, 4], lengths))
+    whole = score(*made, [{"tokens": row, "segment_ids": segments, "valid": np.array([True])}])
+    assert sum(b.tokens for b in bins) == whole.targets
+    np.testing.assert_allclose(sum(b.loss * b.tokens for b in bins), whole.nll, rtol=1e-5)
+
+
 def test_alike_documents_leave_no_doubt_and_others_do(made):
     (document,) = documents_of([30])
     for b in score_by_position(*made, [document] * 4, context_length=32):
@@ -99,6 +111,8 @@ def test_documents_end_with_eos():
     assert parts(0) == [[1, 2, 0], [3, 0], [4, 5, 6], [7, 8, 9]]
     assert parts(None) == [[1, 2, 0, 3, 0, 4, 5, 6], [7, 8, 9]]
     assert parts(0, 7) == [[1, 2, 0], [3, 0], [4, 5]]
+    cut = split_documents(pieces, 0, cut=True)
+    assert [d.tolist() for d in cut] == [[3, 0], [4, 5, 6]]
 
 
 def test_wrong_arguments_are_named(made):
@@ -114,7 +128,9 @@ def test_the_command_writes_table_and_plots(tmp_path, capsys):
     options = ["--run", str(tmp_path / "run"), "--by_position", "true"]
     command.main([*options, "--context_lengths", "[8, 32]", "--stride", "4"])
     folder = tmp_path / "run" / "evaluation"
-    rows = json.loads((folder / "by_position.json").read_text())["results"]
+    report = json.loads((folder / "by_position.json").read_text())
+    assert (report["step"], report["stride"]) == (0, 4)
+    rows = report["results"]
     with (folder / "by_position.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [int(line["tokens"]) for line in lines] == [row["tokens"] for row in rows]

@@ -16,6 +16,15 @@ from repo_jax.inference import Completion, Generator, Sampling
 from repo_jax.inference import generator as generator_module
 from repo_jax.modeling import RePoLM, init_params
 
+
+@pytest.fixture(autouse=True, scope="module")
+def fast_compilation():
+    """Programs here run a few steps each, so that compiling them is what takes time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 VOCAB = 64
 SHAPE = dict(vocab_size=VOCAB, d_model=32, n_layers=3, n_heads=4, d_ff=48, init_std=0.25)
 KINDS = {
@@ -72,7 +81,7 @@ def test_cached_greedy_is_recomputation(kind, kv_heads):
         assert completion.finish == "length"
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
     chunk=st.sampled_from([4, 16, 64]),
@@ -213,7 +222,7 @@ def test_weights_that_make_positions_stay_exact():
     model, params = make("repo")
     config = dataclasses.replace(model.config, dtype="bfloat16")
     prepared = generator_module._prepare(config, params, in_place=False)
-    f_phi = prepared["layers"]["repositioning"]
+    f_phi = prepared["layers"][-1]["repositioning"]
     assert f_phi["final_map"]["kernel"].dtype == jnp.float32
     assert f_phi["gate_map"]["kernel"].dtype == jnp.bfloat16
-    assert prepared["layers"]["attention"]["query"]["kernel"].dtype == jnp.bfloat16
+    assert prepared["layers"][0]["attention"]["query"]["kernel"].dtype == jnp.bfloat16

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from repo_jax import cli, convert
-from repo_jax.config import DecoderConfig, PositionConfig
+from repo_jax.config import DecoderConfig, PositionConfig, RopeScaling
 from repo_jax.errors import ConfigError
 from repo_jax.interop import checkpoint, config_json, from_pretrained, names, save_pretrained
 
@@ -71,6 +71,20 @@ def test_what_upstream_cannot_express(make_model, tmp_path):
     assert not (tmp_path / "b").exists()
     convert.convert(*arguments, positions=PositionConfig("repo"), format="repo_jax")
     assert from_pretrained(tmp_path / "b")[0].config.kinds[-1] == "repo"
+
+
+def test_yarn_is_written_for_all_readers(golden_repo, tmp_path):
+    given, _ = from_pretrained(golden_repo)
+    length = given.config.max_length
+    arguments = ["--model", str(golden_repo), "--out", str(tmp_path / "a")]
+    convert.main([*arguments, "--rope_scaling.factor", "4"])
+    written = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert written["max_position_embeddings"] == 4 * length
+    assert written["rope_scaling"]["factor"] == 4
+    assert written["rope_scaling"]["original_max_position_embeddings"] == length
+    model, _ = from_pretrained(tmp_path / "a")
+    assert model.config.rope_scaling == RopeScaling(4.0, length)
+    assert model.config.max_length == length
 
 
 def test_command_line(golden_rope, tmp_path, capsys):
