@@ -218,7 +218,7 @@ class StoppedError(Exception):
 def test_what_was_answered_before_a_stop_is_not_asked_again(parts, tmp_path, monkeypatch):
     lm = RepoJaxLM(*parts, batch_tokens=64, cache=RequestCache(tmp_path / "requests"))
     requests = ask("loglikelihood", *(("abc" * n, "d") for n in range(1, 13)))
-    ask_model, rows, stop_after = harness._log_probabilities, [], 2
+    ask_model, rows, stop_after = harness.log_probabilities, [], 2
 
     def counted(*args):
         if len(rows) == stop_after:
@@ -226,7 +226,7 @@ def test_what_was_answered_before_a_stop_is_not_asked_again(parts, tmp_path, mon
         rows.append(int((args[3] > 0).any(axis=1).sum()))
         return ask_model(*args)
 
-    monkeypatch.setattr(harness, "_log_probabilities", counted)
+    monkeypatch.setattr(harness, "log_probabilities", counted)
     with pytest.raises(StoppedError):
         lm.loglikelihood(requests)
     before = sum(rows)
@@ -250,7 +250,7 @@ def test_the_cache_keeps_all_kinds_but_no_draws(parts, tmp_path, monkeypatch):
     first = lm.generate_until(greedy), lm.loglikelihood_rolling(rolling)
     lm.generate_until(drawn)
     assert len(cache) == 2
-    monkeypatch.delattr(harness, "_log_probabilities")
+    monkeypatch.delattr(harness, "log_probabilities")
     monkeypatch.delattr(harness, "Generator")
     again = RepoJaxLM(*parts, cache=cache)
     assert (again.generate_until(greedy), again.loglikelihood_rolling(rolling)) == first

@@ -175,7 +175,7 @@ class StoppedError(Exception):
 def test_a_stopped_evaluation_goes_on(run, tmp_path, monkeypatch):
     """Tasks that were finished are not asked again, nor batches of the one that was not."""
     asked, allowed = [], 1
-    ask_model = harness._log_probabilities
+    ask_model = harness.log_probabilities
 
     def counted(*args):
         if len(asked) == allowed:
@@ -183,7 +183,7 @@ def test_a_stopped_evaluation_goes_on(run, tmp_path, monkeypatch):
         asked.append(int((args[3] > 0).any(axis=1).sum()))
         return ask_model(*args)
 
-    monkeypatch.setattr(harness, "_log_probabilities", counted)
+    monkeypatch.setattr(harness, "log_probabilities", counted)
     given = options(run, "letters,texts", tmp_path, "--batch_tokens", "256")
     with pytest.raises(StoppedError):
         command.main(given)
