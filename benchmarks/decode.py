@@ -19,12 +19,18 @@ import jax
 import numpy as np
 
 from benchmarks import harness
-from benchmarks.train_step import model_config, transformers_config
+from benchmarks.train_step import (
+    OLMO2,
+    REPO,
+    ROPE,
+    add_model_options,
+    model_config,
+    transformers_config,
+)
 from repo_jax.inference import Generator
 from repo_jax.modeling import RePoLM, init_params
 
 BATCHES = (1, 8)
-ROPE, REPO, OLMO2 = "repo-jax rope", "repo-jax repo", "transformers olmo2"
 PAIRS = (
     ("rope_over_transformers", "tokens/s, repo-jax rope / transformers", OLMO2, ROPE),
     ("repo_over_transformers", "tokens/s, repo-jax repo / transformers", OLMO2, REPO),
@@ -34,11 +40,7 @@ PAIRS = (
 
 def options():
     p = harness.parser(__doc__.splitlines()[0])
-    p.add_argument("--d_model", type=int, default=512)
-    p.add_argument("--d_ff", type=int, default=1408)
-    p.add_argument("--n_layers", type=int, default=8)
-    p.add_argument("--n_heads", type=int, default=8)
-    p.add_argument("--vocab_size", type=int, default=8192)
+    add_model_options(p)
     p.add_argument("--length", type=int, default=256, help="tokens of a prompt")
     p.add_argument("--new_tokens", type=int, default=64)
     return p

@@ -41,13 +41,17 @@ PAIRS = (
 )
 
 
-def options():
-    p = harness.parser(__doc__.splitlines()[0])
+def add_model_options(p) -> None:
     p.add_argument("--d_model", type=int, default=512)
     p.add_argument("--d_ff", type=int, default=1408)
     p.add_argument("--n_layers", type=int, default=8)
     p.add_argument("--n_heads", type=int, default=8)
     p.add_argument("--vocab_size", type=int, default=8192)
+
+
+def options():
+    p = harness.parser(__doc__.splitlines()[0])
+    add_model_options(p)
     p.add_argument("--batch_size", type=int, default=2)
     p.add_argument("--length", type=int, default=1024, help="tokens in a row of the batch")
     return p
