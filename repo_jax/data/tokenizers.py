@@ -108,6 +108,15 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text, int32 [T], and which characters each stands for, int32 [T, 2].
+
+        A span is the first character and one past the last. Where one character takes several
+        tokens, they have the same span.
+        """
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int32).reshape(-1, 2)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens give nothing, incomplete UTF-8 gives U+FFFD.
 
