@@ -4,10 +4,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from repo_jax import cli
+from repo_jax import cli, plots
 from repo_jax.config import EvalConfig
 from repo_jax.data import Tokenizer
-from repo_jax.errors import MissingPackageError
 from repo_jax.evaluation.command import evaluate, table
 from repo_jax.inference import generate
 from repo_jax.training import command as training
@@ -26,32 +25,27 @@ What next?
 
 
 def plot_losses(run_dir: Path) -> Path:
-    """Draws the losses in metrics.jsonl to `loss.png` in the run directory.
+    """Draws the losses in metrics.jsonl to `loss.png` and `loss.svg` in the run directory.
+
+    Returns:
+      The former.
 
     Raises:
       MissingPackageError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise MissingPackageError("matplotlib", "the loss plot", "plots") from None
+    pyplot = plots.import_pyplot("the loss plot")
     lines = read_metrics(run_dir / "metrics.jsonl")
     figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
     for name, label, style in (
-        ("ce_loss", "training", dict(lw=0.8, alpha=0.7)),
-        ("val_loss", "validation", dict(lw=1.6, marker="o", ms=4)),
+        ("ce_loss", "training", dict(color=plots.COLORS[0], lw=0.8, alpha=0.7)),
+        ("val_loss", "validation", dict(color=plots.COLORS[1], marker=plots.MARKERS[0], ms=4)),
     ):
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=run_dir.name)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    path = run_dir / "loss.png"
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    path, _ = plots.save(figure, run_dir / "loss")
     return path
 
 

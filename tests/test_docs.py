@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from repo_jax import cli, convert, tokenize
+from repo_jax.analysis import command as analysis
 from repo_jax.evaluation import command as evaluation
 from repo_jax.inference import command as inference
 from repo_jax.planning import command as planning
@@ -33,6 +34,7 @@ COMMANDS = {
     "repo_jax.convert": convert.main,
     "repo_jax.tokenize": tokenize.main,
     "repo_jax.plan": planning.main,
+    "repo_jax.positions": analysis.main,
 }
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

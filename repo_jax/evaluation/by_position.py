@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from repo_jax.errors import MissingPackageError
+from repo_jax import plots
 from repo_jax.evaluation.perplexity import log_probabilities
 from repo_jax.modeling import RePoLM
 
 _RESAMPLES = 1000
+
+# What plots are drawn for, should matplotlib be missing.
+PLOT = "the plot of --by_position"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,36 +229,18 @@ def write_csv(path: Path, bins: Sequence[Bin]) -> None:
         writer.writerows(map(dataclasses.asdict, bins))
 
 
-def import_pyplot():
-    """matplotlib's pyplot, for files only.
-
-    Raises:
-      MissingPackageError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise MissingPackageError("matplotlib", "the plot of --by_position", "plots") from None
-    return pyplot
-
-
 def plot(path: Path, bins: Sequence[Bin], title: str) -> None:
-    """A curve for each context length; the suffix of `path` says PNG or SVG.
+    """Writes a curve for each context length as PNG and SVG; `path` has no suffix.
 
     Raises:
       MissingPackageError: matplotlib is not installed.
     """
-    pyplot = import_pyplot()
+    pyplot = plots.import_pyplot(PLOT)
     figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
-    # Okabe and Ito's colours, which colour-blind readers tell apart, and markers besides.
-    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
     lengths = sorted({b.context_length for b in bins})
     for i, length in enumerate(lengths):
         mine = [b for b in bins if b.context_length == length]
-        color, marker = colors[i % len(colors)], "osD^v*"[i % 6]
+        color, marker = plots.COLORS[i % 6], plots.MARKERS[i % 6]
         middle = [math.sqrt(b.first * b.last) for b in mine]
         style = dict(color=color, marker=marker, ms=4, lw=1.4)
         axes.plot(middle, [b.loss for b in mine], label=f"context {length}", **style)
@@ -266,5 +251,4 @@ def plot(path: Path, bins: Sequence[Bin], title: str) -> None:
     axes.set(xlabel="tokens into the document", ylabel="loss (nats per token)", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    plots.save(figure, path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from repo_jax import cli
+from repo_jax import cli, plots
 from repo_jax.config import DataConfig, EvalConfig
 from repo_jax.data import Data, Tokenizer, ValidationBatches, open_data, open_text, trim_tokens
 from repo_jax.errors import ConfigError, MissingPackageError
@@ -180,7 +180,7 @@ def _by_position(config: EvalConfig) -> None:
     if output is None and config.run is not None:
         output = Path(config.run) / "evaluation" / "by_position.json"
     if output is not None:
-        by_position.import_pyplot()  # before the long work
+        plots.import_pyplot(by_position.PLOT)  # before the long work
     bins, step = evaluate_by_position(config)
     print(by_position.table(bins))
     if output is None:
@@ -189,8 +189,7 @@ def _by_position(config: EvalConfig) -> None:
     report = {"source": source, "step": step, "stride": config.stride}
     _write(output, report | {"results": [dataclasses.asdict(b) for b in bins]})
     by_position.write_csv(output.with_suffix(".csv"), bins)
-    for suffix in (".png", ".svg"):
-        by_position.plot(output.with_suffix(suffix), bins, Path(source).name)
+    by_position.plot(output.with_suffix(""), bins, Path(source).name)
 
 
 def _write(output: Path, report: dict[str, Any]) -> None:

@@ -34,6 +34,8 @@ class Attention(nn.Module):
     Positions decide the rotation only; what a token sees is decided by index and document.
     Where Flax's collection `cache` has a `cache.LayerCache` under the name `layer`, keys and
     values are written there, and what it holds is seen.
+    Where the collection `probe` has an array [B, T, H] under the name `values`, each query's mean
+    of it, weighted by attention, is sown into `intermediates` as `probed`, [B, T, N, H].
 
     Attributes:
       config: of the model.
@@ -110,14 +112,19 @@ class Attention(nn.Module):
                 *("position_kernel", init_weights(c.init_std, (None, "position"))),
                 *((c.head_dim, c.positions.cope_positions), jnp.dtype(c.param_dtype)),
             )
-            out_BTNH = cope_attention(
+            attend = lambda v_BTKH: cope_attention(
                 *(q_BTNH, k_BTKH, v_BTKH, position_kernel), scale=c.head_dim**-0.5, **visible
             )
         else:
-            out_BTNH = rotary_attention(
+            attend = lambda v_BTKH: rotary_attention(
                 *(q_BTNH, k_BTKH, v_BTKH, later, later),
                 implementation=c.attention,
                 **visible,
                 **kernel,
             )
+        out_BTNH = attend(v_BTKH)
+        if self.has_variable("probe", "values"):
+            values_BTH = self.get_variable("probe", "values").astype(v_BTKH.dtype)
+            probed_BTNH = attend(jnp.broadcast_to(values_BTH[:, :, None], v_BTKH.shape))
+            self.sow("intermediates", "probed", probed_BTNH)
         return linear(c, (c.d_model,), ("heads", None, "embed"), inputs=2, name="out")(out_BTNH)
