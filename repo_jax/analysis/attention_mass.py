@@ -45,8 +45,8 @@ def attention_mass(
     if tokens.max() >= c.vocab_size:
         raise ValueError(f"there is token {tokens.max()}; the model knows {c.vocab_size}")
     # Attention is causal, so no query sees the padding after the text.
-    ids, inside = padded(tokens)
-    fill = lambda x, value: np.pad(x, (0, inside.size - len(x)), constant_values=value)
+    ids = padded(tokens)
+    fill = lambda x, value: np.pad(x, (0, ids.size - len(x)), constant_values=value)
     labels, queries = fill(labels, -1), jnp.asarray(fill(queries, False))
     x_BTD = look_up(params["embedding"]["embedding"], jnp.asarray(ids), jnp.dtype(c.dtype))
     mass = []

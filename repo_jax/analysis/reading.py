@@ -69,18 +69,16 @@ def read(model: RePoLM, params, tokenizer: Tokenizer, text: str, *, name: str = 
 
 def read_positions(model: RePoLM, params, ids: np.ndarray) -> np.ndarray:
     """The positions of token ids, int32 [T], as one document: float32 [L, N, T]."""
-    tokens, segment_ids = padded(ids)
-    return np.asarray(_positions(model, params, tokens, segment_ids))[0, :, :, : len(ids)]
+    return np.asarray(_positions(model, params, padded(ids)))[0, :, :, : len(ids)]
 
 
-def padded(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segment ids, int32 [1, S], S the next power of two; 0 where nothing is."""
-    size = max(_SHORTEST, 1 << (len(ids) - 1).bit_length())
-    tokens = np.zeros((1, size), np.int32)
+def padded(ids: np.ndarray) -> np.ndarray:
+    """Tokens int32 [1, S], S the next power of two; what comes after the text it does not see."""
+    tokens = np.zeros((1, max(_SHORTEST, 1 << (len(ids) - 1).bit_length())), np.int32)
     tokens[0, : len(ids)] = ids
-    return tokens, (np.arange(size) < len(ids)).astype(np.int32)[None]
+    return tokens
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _positions(model: RePoLM, params, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    return capture_positions(model, params, jnp.asarray(tokens), segment_ids)
+def _positions(model: RePoLM, params, tokens: jax.Array) -> jax.Array:
+    return capture_positions(model, params, jnp.asarray(tokens))

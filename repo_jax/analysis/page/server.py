@@ -9,7 +9,7 @@ import json
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from repo_jax.analysis.page.build import check_names, payload, render
@@ -218,12 +218,15 @@ class _Handlers:
         if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
             _refuse(415, "the request must be application/json")
         # JSON may write a character as two escapes of six bytes each.
-        most, body = 12 * self._max_characters + 10_000, b""
+        most, body = 12 * self._max_characters + 10_000, bytearray()
         async for part in request.stream():
             body += part
             if len(body) > most:
-                _refuse(413, f"the request is larger than {most:,} bytes")
-        return body
+                # Without a length there may be no end, and what comes would go on being read.
+                endless = "content-length" not in request.headers
+                headers = {"Connection": "close"} if endless else None
+                _refuse(413, f"the request is larger than {most:,} bytes", headers)
+        return bytes(body)
 
     def _asked(self, body: bytes) -> tuple[str, Served]:
         try:
@@ -297,10 +300,10 @@ def _streaming(lines: AsyncIterator[bytes], finish: Callable[[], None]):
     return Response(lines, media_type="application/x-ndjson")
 
 
-def _refuse(status: int, sentence: str):
+def _refuse(status: int, sentence: str, headers: dict[str, str] | None = None) -> NoReturn:
     from starlette.exceptions import HTTPException
 
-    raise HTTPException(status, sentence)
+    raise HTTPException(status, sentence, headers)
 
 
 def _refusal(request, error):
