@@ -90,7 +90,7 @@ def config_file(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    packaged = _packaged_configs()
+    packaged = packaged_configs()
     stem = path.name.removesuffix(".yaml")
     if (packaged / f"{stem}.yaml").is_file():
         return packaged / f"{stem}.yaml"
@@ -117,7 +117,7 @@ def _check_yaml(file: Path, config_class: type) -> None:
             )
 
 
-def _packaged_configs() -> Path:
+def packaged_configs() -> Path:
     """configs/ inside an installed wheel, or beside the package in a checkout."""
     package = Path(str(importlib.resources.files("repo_jax")))
     inside = package / "configs"

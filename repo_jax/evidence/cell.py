@@ -1,0 +1,262 @@
+"""One cell: trains a model on a task, tests it, and says what came out."""
+
+import dataclasses
+import datetime
+import functools
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from repo_jax.config import OptimizerConfig, TrainingConfig
+from repo_jax.evidence import about
+from repo_jax.evidence.methods import parameter_count
+from repo_jax.evidence.suite import Cell, definition
+from repo_jax.evidence.tasks import EvaluationSet, score
+from repo_jax.flops import model_flops_per_token
+from repo_jax.interop import save_pretrained
+from repo_jax.modeling import RePoLM, init_params
+from repo_jax.training.loss import cross_entropy
+from repo_jax.training.optimizer import make_optimizer
+from repo_jax.training.step import TrainState, create_state
+
+SCHEMA = 1
+
+# Steps of one jitted call, at most.
+_CHUNK = 50
+_LOSS_POINTS = 50
+_EVALUATION_TOKENS = 16_384
+_LOSS_CHUNK = 16_384
+
+# Called with the steps done and the loss at the last one; stops the cell by raising.
+Watch = Callable[[int, float], None]
+
+
+def cell_path(out: Path, cell: Cell) -> Path:
+    """Where a finished cell's record is."""
+    return out / "cells" / f"{cell.name}.json"
+
+
+def model_path(out: Path, cell: Cell) -> Path:
+    """Where a finished cell's model is, in the library's own format."""
+    return out / "models" / cell.name
+
+
+def run(cells: Sequence[Cell], out: Path, watch: Watch = lambda step, loss: None) -> None:
+    """Runs a cell, or cells that differ in the seed alone together, and writes what came out.
+
+    For each cell a folder that `from_pretrained` reads, with a tokenizer, and then, when all is
+    there, the record. The numbers are a function of the cell, the software and the kind of
+    machine; of several together, also of which ones.
+
+    Args:
+      cells: one; several only on devices that are no CPUs: vmapped gradients are wrong on CPUs
+        in jaxlib 0.10.2.
+      out: folder of the suite.
+      watch: see `Watch`.
+    """
+    start = time.perf_counter()
+    first = cells[0]
+    method, config = first.method_and_model()
+    # Not every kernel can be mapped over seeds.
+    attention = "xla" if len(cells) > 1 else None
+    model = RePoLM(dataclasses.replace(config, attention=attention))
+    params, losses, step_seconds = _train(cells, model, method.index_weight, watch)
+    scores = _evaluate(cells, model, params, method.index_weight)
+    seconds = time.perf_counter() - start
+    run = first.definition
+    for i, cell in enumerate(cells):
+        own = jax.tree.map(lambda x, i=i: x[i], params) if len(cells) > 1 else params
+        _save_model(model_path(out, cell), RePoLM(config), own, cell)
+        record = {
+            "schema": SCHEMA,
+            "experiment": cell.experiment,
+            "method": cell.method,
+            "seed": cell.seed,
+            "x_label": cell.task.x_label,
+            "trained_to": cell.task.trained_to,
+            "metric": cell.task.metric,
+            "headline": list(run.headline),
+            "steps": run.steps,
+            "batch_size": run.batch_size,
+            "length": cell.task.length,
+            "parameters": parameter_count(config),
+            "d_ff": config.d_ff,
+            "flops_per_token": model_flops_per_token(config, cell.task.length),
+            "train_loss": _finite(losses[i, -max(1, run.steps // 20) :].mean()),
+            "losses": [_finite(part.mean()) for part in _parts(losses[i])],
+            "step_seconds": step_seconds,
+            "seconds": seconds,
+            "seeds_together": [cell.seed for cell in cells],
+            "config_hash": cell.config_hash(),
+            "config": definition(run, cell.dtype),
+            "hardware": about.hardware(),
+            "versions": about.versions(),
+            "commit": about.commit(),
+            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "evaluations": scores[i],
+        }
+        write(cell_path(out, cell), json.dumps(record, indent=1) + "\n")
+
+
+def write(path: Path, content: str) -> None:
+    """The whole file or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(content, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _finite(value) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _parts(losses: np.ndarray) -> list[np.ndarray]:
+    return np.array_split(losses, min(_LOSS_POINTS, len(losses)))
+
+
+def _save_model(folder: Path, model: RePoLM, params, cell: Cell) -> None:
+    # Of a cell that was stopped before its record; a finished one is never run again.
+    temporary = folder.with_name(f".{folder.name}.part")
+    for old in (folder, temporary):
+        shutil.rmtree(old, ignore_errors=True)
+    save_pretrained(temporary, model, params, format="repo_jax")
+    cell.task.tokenizer().save(temporary)
+    temporary.rename(folder)
+
+
+def _optimizer_config(cell: Cell, has_positions: bool) -> OptimizerConfig:
+    config, rate = cell.definition.optimizer, cell.definition.position_rate
+    if rate == 1.0 or not has_positions:
+        return config
+    return dataclasses.replace(config, rates={"layers/repositioning/.*": rate, **config.rates})
+
+
+def _train(cells: Sequence[Cell], model: RePoLM, index_weight: float, watch: Watch):
+    """Parameters (with a leading axis if there are several cells), losses [cells, steps], and
+    seconds of a step, for all cells together, without compilation."""
+    run, task, several = cells[0].definition, cells[0].task, len(cells) > 1
+    stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees) if several else trees[0]
+    params = [init_params(model, jax.random.key(cell.seed)) for cell in cells]
+    optimizer = make_optimizer(
+        _optimizer_config(cells[0], "repo" in model.config.kinds),
+        TrainingConfig(steps=run.steps),
+        params[0],
+    )
+    new = jax.jit(lambda params: create_state(params, optimizer, seed=0))
+    state = stack([new(p) for p in params])
+    size = max(n for n in range(1, _CHUNK + 1) if run.steps % n == 0)
+    steps = _steps(model, optimizer, index_weight, run.z_loss)
+    steps = jax.jit(jax.vmap(steps) if several else steps, donate_argnums=0)
+
+    def batches(cell: Cell, first: int):
+        made = [task.training_batch(cell.seed, first + i, run.batch_size) for i in range(size)]
+        return [np.stack([getattr(m, name) for m in made]) for name in ("tokens", "answers")]
+
+    losses, seconds = [], []
+    with ThreadPoolExecutor(len(cells)) as pool:
+        ask = lambda first: [pool.submit(batches, cell, first) for cell in cells]
+        coming: list[Future] = ask(0)
+        for first in range(0, run.steps, size):
+            given = stack([future.result() for future in coming])
+            if not first:
+                compiled = steps.lower(state, *given).compile()
+            start = time.perf_counter()
+            state, found = compiled(state, *given)
+            if first + size < run.steps:
+                coming = ask(first + size)
+            losses.append(np.asarray(found).reshape(len(cells), size))
+            seconds.append((time.perf_counter() - start) / size)
+            watch(first + size, float(losses[-1][:, -1].mean()))
+    return state.params, np.concatenate(losses, 1), float(np.median(seconds))
+
+
+def _steps(model: RePoLM, optimizer: optax.GradientTransformation, index_weight, z_loss: float):
+    """`steps(state, tokens, answers) -> state, losses`, on as many batches as are stacked.
+
+    tokens int32 [K, B, T], answers bool [K, B, T]; losses float32 [K], the mean cross-entropy of
+    the answers in each batch.
+    """
+
+    def loss(params, tokens, answers):
+        targets = jnp.roll(tokens, -1, axis=1)
+        weights = jnp.roll(answers, -1, axis=1).astype(jnp.float32)
+        weights /= jnp.maximum(weights.sum(), 1.0)
+        hidden = model.apply({"params": params}, tokens, None, index_weight, method="hidden")
+        kernel = params["head"]["kernel"]
+        sums = cross_entropy(hidden, kernel, targets, weights, z_loss=z_loss, chunk=_LOSS_CHUNK)
+        return sums.loss, sums.ce
+
+    def step(state: TrainState, batch):
+        grads, ce = jax.grad(loss, has_aux=True)(state.params, *batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), ce
+
+    return lambda state, tokens, answers: jax.lax.scan(step, state, (tokens, answers))
+
+
+def _evaluate(cells: Sequence[Cell], model: RePoLM, params, index_weight: float):
+    """One list of results a cell, a result being a dict for each evaluation set."""
+
+    def predict(params, tokens):
+        logits = model.apply({"params": params}, tokens, None, index_weight).logits[:, :-1]
+        targets = tokens[:, 1:, None]
+        nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets, 2)[..., 0]
+        return logits.argmax(-1), nll
+
+    several = len(cells) > 1
+    run = jax.jit(jax.vmap(predict, in_axes=(0, None)) if several else predict)
+    results: list[list[dict[str, Any]]] = [[] for _ in cells]
+    for name, examples in cells[0].task.evaluation_sets().items():
+        predicted, nll = _predict(functools.partial(run, params), examples, several)
+        for i, rows in enumerate(results):
+            rows.append(_row(name, cells[0], examples, predicted[i], nll[i]))
+    return results
+
+
+def _predict(run, examples: EvaluationSet, several: bool):
+    """Predicted tokens and their losses, [cells, n, T]; nothing predicts the first token."""
+    n, T = examples.tokens.shape
+    # Few lengths, so that there are few programs. What is added comes after all answers.
+    length = -(-T // 32) * 32
+    rows = min(n, max(1, _EVALUATION_TOKENS // length))
+    tokens = np.pad(examples.tokens, ((0, -n % rows), (0, length - T)))
+    found = [run(tokens[start : start + rows]) for start in range(0, n, rows)]
+    whole = []
+    for parts in zip(*found, strict=True):
+        parts = [np.asarray(part) if several else np.asarray(part)[None] for part in parts]
+        joined = np.concatenate(parts, 1)[:, :n, : T - 1]
+        whole.append(np.pad(joined, ((0, 0), (0, 0), (1, 0))))
+    return whole
+
+
+def _row(name: str, cell: Cell, examples: EvaluationSet, predicted, nll) -> dict[str, Any]:
+    found = score(predicted, examples)
+    losses = nll[examples.answers].astype(np.float64)
+    row = {
+        "set": name,
+        "group": examples.group,
+        "x": examples.x,
+        "examples": len(examples.tokens),
+        "exact": found.exact,
+        "tokens": found.tokens,
+        "loss": _finite(losses.mean()),
+        "chance_exact": examples.chance_exact,
+        "chance_tokens": examples.chance_tokens,
+    }
+    if cell.task.metric == "bits_per_byte":
+        # The end of a document is predicted too, but stands for no byte.
+        is_byte = examples.tokens[examples.answers] < 256
+        row["bits_per_byte"] = _finite(losses.sum() / is_byte.sum() / math.log(2))
+    return row

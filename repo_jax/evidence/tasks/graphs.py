@@ -1,0 +1,207 @@
+"""Graphs as lists of edges: are two nodes connected, and how far apart are they."""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from repo_jax.data import Tokenizer
+from repo_jax.errors import ConfigError
+from repo_jax.evidence.tasks.base import (
+    START,
+    EvaluationSet,
+    Examples,
+    distinct,
+    padded,
+    shuffled,
+    test_rng,
+    training_rng,
+    word_tokenizer,
+)
+
+_EDGE, _CONNECTED, _DISTANCE, _NO, _YES, _FIRST = 2, 3, 4, 5, 6, 7
+
+KINDS = ("connectivity", "shortest_path")
+
+
+@dataclasses.dataclass(frozen=True)
+class Graphs:
+    """`<edge> a b` for each edge, in any order and direction, then a question and its answer.
+
+    A graph has two connected halves that are made alike: a path of `farthest + chords` edges,
+    `chords` edges that cut a corner of it, and the other nodes, each tied to one before it. So
+    there are pairs at every distance up to `farthest`, and nothing but the edges tells whether
+    two nodes are connected.
+
+    `connectivity`: `<connected> a b yes|no`, half of each, connected nodes never being
+    neighbours. `shortest_path`: `<distance> a b d`, each distance 1 to `farthest` as often.
+
+    Attributes:
+      nodes: in training; even.
+      factors: how many times more nodes the graphs of the evaluation sets have.
+      farthest, chords: see above.
+      names: different tokens for nodes.
+      examples: in each evaluation set.
+      test_seed: of the evaluation sets.
+    """
+
+    nodes: int = 16
+    factors: tuple[int, ...] = (1, 2)
+    farthest: int = 4
+    chords: int = 2
+    names: int = 64
+    examples: int = 500
+    test_seed: int = 0
+
+    x_label: ClassVar[str] = "nodes"
+    metric: ClassVar[str] = "exact"
+
+    def __post_init__(self):
+        object.__setattr__(self, "factors", tuple(self.factors))
+        path = self.farthest + self.chords + 1
+        if self.nodes % 2 or self.nodes < 2 * path:
+            raise ConfigError(
+                f"graphs.nodes is {self.nodes}; it must be even and at least {2 * path}, twice "
+                f"the {path} nodes of a path of graphs.farthest + graphs.chords edges"
+            )
+        if self.farthest < 2:
+            raise ConfigError(f"graphs.farthest is {self.farthest}; it must be at least 2")
+        if self.names < self.nodes * max(self.factors):
+            raise ConfigError(
+                f"graphs.names is {self.names}; there are graphs of "
+                f"{self.nodes * max(self.factors)} nodes"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """Special tokens, distances and nodes."""
+        return _FIRST + self.farthest + self.names
+
+    @property
+    def length(self) -> int:
+        """Tokens of an example."""
+        return self._tokens(self.nodes)
+
+    @property
+    def trained_to(self) -> int:
+        """Nodes of a graph in training."""
+        return self.nodes
+
+    def symbols(self) -> tuple[str, ...]:
+        """Distances as numbers, and node7."""
+        return (
+            *("<pad>", "<start>", "<edge>", "<connected>", "<distance>", "no", "yes"),
+            *(str(i + 1) for i in range(self.farthest)),
+            *(f"node{i}" for i in range(self.names)),
+        )
+
+    def tokenizer(self) -> Tokenizer:
+        """Of `symbols`, with spaces between."""
+        return word_tokenizer(self.symbols())
+
+    def training_batch(self, seed: int, step: int, batch_size: int) -> Examples:
+        """Rows of kinds drawn for each."""
+        rng = training_rng(seed, step)
+        distance = rng.random(batch_size) < 0.5
+        return self._examples(rng, distance, self.nodes)
+
+    def evaluation_sets(self) -> dict[str, EvaluationSet]:
+        """One for each kind and factor."""
+        sets, answers = (
+            {},
+            {
+                "connectivity": (_NO, _YES),
+                "shortest_path": tuple(range(_FIRST, _FIRST + self.farthest)),
+            },
+        )
+        for i, kind in enumerate(KINDS):
+            for factor in self.factors:
+                nodes = factor * self.nodes
+                rng = test_rng(self.test_seed, i, nodes)
+                made = self._examples(rng, np.full(self.examples, bool(i)), nodes)
+                choices = np.broadcast_to(
+                    np.array(answers[kind], np.int32), (self.examples, len(answers[kind]))
+                )
+                sets[f"{kind}_{nodes}"] = EvaluationSet(
+                    made.tokens, made.answers, nodes, kind, choices
+                )
+        return sets
+
+    def oracle(self, prompts: np.ndarray) -> np.ndarray:
+        """Searches breadth first."""
+        out = prompts.copy()
+        for row in out:
+            neighbours: dict[int, set[int]] = {}
+            for at in np.flatnonzero(row == _EDGE):
+                a, b = row[at + 1], row[at + 2]
+                neighbours.setdefault(a, set()).add(b)
+                neighbours.setdefault(b, set()).add(a)
+            ask = int(np.flatnonzero((row == _CONNECTED) | (row == _DISTANCE))[0])
+            start, goal = row[ask + 1], row[ask + 2]
+            seen, edge, steps = {start}, {start}, 0
+            while edge and goal not in edge:
+                edge = set().union(*(neighbours[node] for node in edge)) - seen
+                seen, steps = seen | edge, steps + 1
+            if row[ask] == _CONNECTED:
+                row[ask + 3] = _YES if edge else _NO
+            else:
+                row[ask + 3] = _FIRST + steps - 1
+        return out
+
+    def _tokens(self, nodes: int) -> int:
+        return 1 + 3 * (nodes - 2 + 2 * self.chords) + 4
+
+    def _examples(self, rng: np.random.Generator, distance: np.ndarray, nodes: int) -> Examples:
+        """Examples [n, T]; `distance`, bool [n], says which ask for it."""
+        n, half = len(distance), nodes // 2
+        each = np.arange(n)
+        edges = self._half(rng, n, half)
+        # Distances up to `farthest` in the first half, where connected pairs are taken from.
+        adjacent = np.zeros((n, half, half), bool)
+        adjacent[each[:, None], edges[..., 0], edges[..., 1]] = True
+        adjacent |= adjacent.transpose(0, 2, 1)
+        steps = np.full((n, half, half), self.farthest + 1)
+        reached = np.broadcast_to(np.eye(half, dtype=bool), steps.shape)
+        for d in range(self.farthest + 1):
+            steps = np.where(reached & (steps > d), d, steps)
+            # float32 products are fast, and exact for such small counts.
+            reached = reached.astype(np.float32) @ adjacent.astype(np.float32) > 0
+        wanted = rng.integers(1, self.farthest, n, endpoint=True)
+        connected = rng.random(n) < 0.5
+        fits = np.where(distance[:, None, None], steps == wanted[:, None, None], steps > 1).reshape(
+            n, -1
+        )
+        pair = (rng.random(fits.shape) * fits).argmax(1)
+        a, b = pair // half, pair % half
+        apart = ~distance & ~connected
+        # The halves' names are drawn, so it does not matter which half the first node is in.
+        b = np.where(apart, half + rng.integers(half, size=n), b)
+        edges = np.concatenate([edges, half + self._half(rng, n, half)], 1)
+        names = _FIRST + self.farthest + distinct(rng, n, nodes, self.names)
+        named = names[each[:, None, None], edges]
+        (named,) = shuffled(rng, named)
+        flip = rng.random(named.shape[:2])[..., None] < 0.5
+        named = np.where(flip, named[..., ::-1], named)
+        lines = np.concatenate([np.full((*named.shape[:2], 1), _EDGE), named], 2).reshape(n, -1)
+        answer = np.where(connected, _YES, _NO)
+        answer = np.where(distance, _FIRST + wanted - 1, answer)
+        question = [
+            np.where(distance, _DISTANCE, _CONNECTED),
+            names[each, a],
+            names[each, b],
+            answer,
+        ]
+        tokens = np.concatenate([np.full((n, 1), START), lines, np.stack(question, 1)], 1)
+        answers = np.zeros(tokens.shape, bool)
+        answers[:, -1] = True
+        return padded(tokens, answers, tokens.shape[1])
+
+    def _half(self, rng: np.random.Generator, n: int, size: int) -> np.ndarray:
+        """Edges of a connected graph: int [n, size - 1 + chords, 2]."""
+        path = self.farthest + self.chords
+        child = np.arange(1, size)
+        parent = np.where(child <= path, child - 1, (rng.random((n, size - 1)) * child).astype(int))
+        tree = np.stack([np.broadcast_to(child[None], parent.shape), parent], 2)
+        # A chord saves one step of the path, whose ends so stay `farthest` apart or more.
+        corner = distinct(rng, n, self.chords, path - 1)
+        return np.concatenate([tree, np.stack([corner, corner + 2], 2)], 1)

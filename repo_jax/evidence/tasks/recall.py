@@ -1,0 +1,175 @@
+"""Noisy recall: keys and their values among other tokens, asked for at the end."""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from repo_jax.data import Tokenizer
+from repo_jax.errors import ConfigError
+from repo_jax.evidence.tasks.base import (
+    START,
+    EvaluationSet,
+    Examples,
+    distinct,
+    padded,
+    test_rng,
+    training_rng,
+    word_tokenizer,
+)
+
+_ASK, _FIRST = 2, 3
+
+KINDS = ("single", "multi_key", "multi_value", "multi_query")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recall:
+    """`<start>`, noise in which needles `key value` and lone values stand, `<ask> key value`.
+
+    As in RULER (arXiv 2404.06654), in four kinds, a quarter of training each: `single`, one
+    needle; `multi_key`, `needles` with different keys, one asked for; `multi_value`, as many, of
+    which `asked` have the key asked for, whose values are given in the order of the context;
+    `multi_query`, as many, `asked` of which are asked for one after the other.
+
+    A context has `needles` + `lone` values, all different, whatever its kind and length. There
+    are so many contexts that none is met twice.
+
+    Attributes:
+      context: tokens of the context in training.
+      factors: how many times longer the contexts of the evaluation sets are.
+      needles, asked: see above.
+      lone: values without a key, beside a full number of needles.
+      keys, values, noise: different tokens of each sort.
+      examples: in each evaluation set.
+      test_seed: of the evaluation sets.
+    """
+
+    context: int = 64
+    factors: tuple[int, ...] = (1, 2, 4)
+    needles: int = 4
+    asked: int = 2
+    lone: int = 8
+    keys: int = 32
+    values: int = 32
+    noise: int = 32
+    examples: int = 250
+    test_seed: int = 0
+
+    x_label: ClassVar[str] = "tokens of context"
+    metric: ClassVar[str] = "exact"
+
+    def __post_init__(self):
+        object.__setattr__(self, "factors", tuple(self.factors))
+        limits = {
+            "asked": (1, self.needles, "recall.needles"),
+            "needles": (1, self.keys, "recall.keys"),
+            "lone": (0, self.values - self.needles, "recall.values - recall.needles"),
+        }
+        for name, (low, high, what) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(
+                    f"recall.{name} is {getattr(self, name)}; it must be {low} to {what} ({high})"
+                )
+        least = 2 * self.needles + self.lone
+        if self.context < least:
+            raise ConfigError(
+                f"recall.context is {self.context}; recall.needles ({self.needles}) and "
+                f"recall.lone ({self.lone}) take {least} tokens"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """Special tokens, keys, values and noise."""
+        return _FIRST + self.keys + self.values + self.noise
+
+    @property
+    def length(self) -> int:
+        """Tokens of the kind with the longest question."""
+        return 1 + self.context + 3 * self.asked
+
+    @property
+    def trained_to(self) -> int:
+        """Tokens of the context."""
+        return self.context
+
+    def symbols(self) -> tuple[str, ...]:
+        """key7, value3, noise0 and so on."""
+        sorts = (("key", self.keys), ("value", self.values), ("noise", self.noise))
+        numbered = (f"{name}{i}" for name, n in sorts for i in range(n))
+        return ("<pad>", "<start>", "<ask>", *numbered)
+
+    def tokenizer(self) -> Tokenizer:
+        """Of `symbols`, with spaces between."""
+        return word_tokenizer(self.symbols())
+
+    def training_batch(self, seed: int, step: int, batch_size: int) -> Examples:
+        """Rows of kinds drawn for each."""
+        rng = training_rng(seed, step)
+        kinds = rng.integers(len(KINDS), size=batch_size)
+        tokens = np.zeros((batch_size, self.length), np.int32)
+        answers = np.zeros(tokens.shape, bool)
+        for i, kind in enumerate(KINDS):
+            rows = np.flatnonzero(kinds == i)
+            made, _ = self._examples(rng, kind, len(rows), self.context)
+            tokens[rows], answers[rows] = made.tokens, made.answers
+        return Examples(tokens, answers)
+
+    def evaluation_sets(self) -> dict[str, EvaluationSet]:
+        """One for each kind and factor."""
+        sets = {}
+        for i, kind in enumerate(KINDS):
+            for factor in self.factors:
+                context = factor * self.context
+                rng = test_rng(self.test_seed, i, context)
+                made, choices = self._examples(rng, kind, self.examples, context)
+                found = EvaluationSet(made.tokens, made.answers, context, kind, choices)
+                sets[f"{kind}_{context}"] = found
+        return sets
+
+    def oracle(self, prompts: np.ndarray) -> np.ndarray:
+        """Reads the values off the needles."""
+        out = prompts.copy()
+        for row in out:
+            asks = np.flatnonzero(row == _ASK)
+            context = row[: asks[0]]
+            for ask in asks:
+                values = context[1:][context[:-1] == row[ask + 1]]
+                gap = row[ask + 2 :] == -1
+                n = len(gap) if gap.all() else int(gap.argmin())
+                row[ask + 2 : ask + 2 + n] = values[:n]
+        return out
+
+    def _examples(self, rng: np.random.Generator, kind: str, n: int, context: int):
+        """Examples of one kind [n, T], and the values in each context [n, C]."""
+        m = 1 if kind == "single" else self.needles
+        items = self.needles + self.lone
+        asked = self.asked if kind in ("multi_value", "multi_query") else 1
+        rows = np.arange(n)[:, None]
+        keys = _FIRST + distinct(rng, n, m, self.keys)
+        which = distinct(rng, n, asked, m)
+        if kind == "multi_value":
+            which = np.sort(which, 1)
+            keys[rows, which] = keys[rows, which[:, :1]]
+        choices = _FIRST + self.keys + distinct(rng, n, items, self.values)
+        needle = distinct(rng, n, items, items) < m
+        # Places for one token each, moved by the needles before, which take two.
+        at = np.sort(distinct(rng, n, items, context - m), 1) + needle.cumsum(1) - needle + 1
+        first_noise = _FIRST + self.keys + self.values
+        body = rng.integers(first_noise, self.vocab_size, (n, 1 + context))
+        body[:, 0] = START
+        body[rows, at + needle] = choices
+        body[rows, at[needle].reshape(n, m)] = keys
+        values = choices[needle].reshape(n, m)
+        key, value = keys[rows, which], values[rows, which]
+        ask = np.full_like(key, _ASK)
+        if kind == "multi_value":
+            question = np.concatenate([ask[:, :1], key[:, :1], value], 1)
+            answers = np.arange(2 + asked) >= 2
+        else:
+            question = np.stack([ask, key, value], 2).reshape(n, 3 * asked)
+            answers = np.arange(3 * asked) % 3 == 2
+        tokens = np.concatenate([body, question], 1)
+        answers = np.concatenate([np.zeros(1 + context, bool), answers])
+        answers = np.broadcast_to(answers[None], tokens.shape)
+        return padded(tokens, answers, 1 + context + 3 * self.asked), choices
