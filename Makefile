@@ -3,13 +3,17 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(she
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-browser lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m repo_jax.quickstart
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# Needs Debian's chromium and chromium-driver; `make test` skips these tests where there are none.
+test-browser: $(VENV)/.installed-test
+	REPO_JAX_NEEDS_BROWSER=1 $(BIN)/python -m pytest tests/analysis/page/test_browser.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -295,8 +295,8 @@ class Panel {
       marker,
     });
     const size = reading.count > MANY ? 4 : reading.count > 300 ? 5 : 7;
-    const all = { ...points([], { size, color: color("point"), opacity: 0.75 }) };
-    Object.assign(all, { x: reading.index, y: z });
+    const dots = { size, color: color("point"), opacity: 0.75 };
+    const all = { ...points([], dots), x: reading.index, y: z };
     const token = tokenIn(reading);
     const some = token === null ? [] : [token];
     const besides = token === null ? [] : beside(reading.count, token);
@@ -342,7 +342,7 @@ class Panel {
       showlegend: false,
       hovermode: "closest",
       hoverdistance: 12,
-      dragmode: COARSE ? false : "zoom",
+      dragmode: TOUCH ? false : "zoom",
       modebar: { bgcolor: "rgba(0,0,0,0)", color: color("muted"), activecolor: color("ink") },
       xaxis: { ...axis, title: { text: "token" }, range: [-sides, reading.count - 1 + sides] },
       yaxis: {
@@ -401,7 +401,7 @@ class Panel {
   drawMap() {
     const { kinds, heads } = this.about;
     if (this.mapped !== this.about) this.buildMap(kinds, heads);
-    const all = kinds.map((_, layer) => this.cells[layer].map((_, head) => this.value(layer, head)));
+    const all = this.cells.map((row, layer) => row.map((_, head) => this.value(layer, head)));
     const learned = all.filter((_, layer) => kinds[layer] === "repo").flat();
     const most = Math.max(0, ...learned.filter((x) => x !== null));
     const scale = state.by === "range" ? most || 1 : 1;
@@ -513,14 +513,15 @@ function nearButton(reading, z, token) {
   return item;
 }
 
+// Where a finger that moves over the points is to scroll the page.
+const TOUCH = matchMedia("(pointer: coarse), (max-width: 720px)").matches;
+const WEBGL = document.createElement("canvas").getContext("webgl") !== null;
 const CONFIG = {
   responsive: true,
   displaylogo: false,
-  displayModeBar: matchMedia("(pointer: coarse)").matches ? false : "hover",
+  displayModeBar: TOUCH ? false : "hover",
   modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
 };
-const COARSE = matchMedia("(pointer: coarse)").matches;
-const WEBGL = document.createElement("canvas").getContext("webgl") !== null;
 
 const panels = [];
 
@@ -590,8 +591,8 @@ function drawText() {
     panel.nearestTokens().forEach((i) => mark(moved(i, panel.reading, reading), panel.nearName)),
   );
   mark(token, "selected");
-  // Only a frame later does the browser lay out parts that were out of sight.
-  requestAnimationFrame(() => reveal(shown[token]));
+  // A new text has its heights only once a frame of it has been drawn.
+  requestAnimationFrame(() => requestAnimationFrame(() => reveal(shown[state.token])));
 }
 
 /** Lays out the text in parts, so that the browser need not know of those out of sight. */
@@ -641,10 +642,13 @@ function tokenElement(reading, token) {
 
 /** Scrolls the text, and only the text, until a token is in sight. */
 function reveal(token) {
+  if (!token) return; // let go of in the meantime
   const box = $("tokens");
   const [inner, outer] = [token.getBoundingClientRect(), box.getBoundingClientRect()];
-  if (inner.top < outer.top + 8) box.scrollTop += inner.top - outer.top - 40;
-  else if (inner.bottom > outer.bottom - 8) box.scrollTop += inner.bottom - outer.bottom + 40;
+  const tall = innerHeight - outer.top > 120; // else what shows of it is not worth the while
+  const bottom = tall ? Math.min(outer.bottom, innerHeight) : outer.bottom;
+  if (inner.top < outer.top + 8) box.scrollTop += inner.top - outer.top - 60;
+  else if (inner.bottom > bottom - 8) box.scrollTop += inner.bottom - bottom + 60;
 }
 
 // ---------------------------------------------------------------- selection
@@ -688,6 +692,7 @@ function moveByKey(event) {
 /** The token above or below, as the text is laid out. */
 function inLine(token, step) {
   const { left, top } = shown[token].getBoundingClientRect();
+  const distance = (i) => Math.abs(shown[i].getBoundingClientRect().left - left);
   let line = null;
   let best = token;
   for (let i = token + step; i >= 0 && i < shown.length && Math.abs(i - token) < 2000; i += step) {
@@ -695,8 +700,7 @@ function inLine(token, step) {
     if (Math.abs(box.top - top) < 4) continue;
     line ??= box.top;
     if (Math.abs(box.top - line) >= 4) break;
-    const nearer = Math.abs(box.left - left) < Math.abs(shown[best].getBoundingClientRect().left - left);
-    if (best === token || nearer) best = i;
+    if (best === token || distance(i) < distance(best)) best = i;
   }
   return best;
 }
@@ -712,8 +716,8 @@ function drawSelection() {
     return;
   }
   const name = element("b", { textContent: reading.label(state.token) });
-  const rest = panels.map((panel) => panel.reading && selectionIn(panel)).filter(Boolean).join("; ");
-  $("chosen").replaceChildren(name, ` token ${state.token}, ${rest}`);
+  const rest = panels.filter((panel) => panel.reading).map(selectionIn);
+  $("chosen").replaceChildren(name, ` token ${state.token}, ${rest.join("; ")}`);
 }
 
 function selectionIn(panel) {
@@ -841,7 +845,8 @@ async function pack(words) {
 
 /** The text of a link, up to the limit: a few bytes may stand for very many. */
 async function unpack(packed) {
-  let stream = new Blob([bytes(packed.slice(1).replaceAll("-", "+").replaceAll("_", "/"))]).stream();
+  const base64 = packed.slice(1).replaceAll("-", "+").replaceAll("_", "/");
+  let stream = new Blob([bytes(base64)]).stream();
   if (packed[0] === "d") stream = stream.pipeThrough(new DecompressionStream("deflate-raw"));
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let words = "";
@@ -899,17 +904,17 @@ async function request(model, signal) {
     },
   );
   if (!response.ok) throw new Error(sentence((await response.json()).error));
-  const stopClock = clock(model);
+  const waiting = clock(model);
+  let last = {};
   try {
-    for await (const event of events(response.body)) {
-      stopClock.see(event);
-      if (event.state === "done") return event.reading;
-      if (event.state === "failed") throw new Error(sentence(event.error));
-    }
+    // To the end of the body: one that is left open counts as broken off.
+    for await (last of events(response.body)) waiting.see(last);
   } finally {
-    stopClock.end();
+    waiting.end();
   }
-  throw new Error("The server ended before the text was read.");
+  if (last.state === "failed") throw new Error(sentence(last.error));
+  if (last.state !== "done") throw new Error("The server ended before the text was read.");
+  return last.reading;
 }
 
 /** Says how a request is getting on, and for how long. */
@@ -963,7 +968,8 @@ function submit(event) {
 function showLength() {
   const length = [...$("text").value].length;
   const most = limits.max_characters;
-  $("length").textContent = `${length.toLocaleString("en")} of ${most.toLocaleString("en")} characters`;
+  const [have, may] = [length, most].map((n) => n.toLocaleString("en"));
+  $("length").textContent = `${have} of ${may} characters`;
   $("length").classList.toggle("error", length > most);
 }
 

@@ -271,9 +271,7 @@ class _Handlers:
 
     def _result(self, text: str, total: int, served: Served) -> bytes:
         try:
-            reading = read(
-                served.model, served.params, served.tokenizer, text, name=served.name
-            )
+            reading = read(served.model, served.params, served.tokenizer, text, name=served.name)
             shown = payload(reading, self._max_tokens) | {"total": total}
             return _line({"state": "done", "reading": shown})
         except Exception as error:
@@ -353,10 +351,18 @@ class _Guard:
     def _reason(self, scope) -> str | None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
-        if self._hosts is not None and urlsplit(f"//{host}").hostname not in self._hosts:
+        if self._hosts is not None and _hostname(host) not in self._hosts:
             return f"this server does not answer to the name {host[:100]!r}"
-        if scope["method"] == "POST" and origin is not None and urlsplit(origin).netloc != host:
+        if scope["method"] == "POST" and origin not in (None, f"http://{host}", f"https://{host}"):
             return f"pages of {origin[:100]} may not use this server"
+        return None
+
+
+def _hostname(host: str) -> str | None:
+    """The name in a Host header, without the port."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
         return None
 
 

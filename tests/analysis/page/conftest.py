@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
+import http.client
+import json
 import socket
 import threading
 
 import jax
 import pytest
-
-pytest.importorskip("uvicorn")
-
 import uvicorn
 
 from repo_jax.analysis import read
@@ -46,6 +45,16 @@ def models() -> list[Served]:
         served("small", 0, "rope", "repo", "nope", "repo"),
         served("other", 1, "repo", "rope", "repo"),
     ]
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def begun(port, text, model="small"):
+    """A request under way: its connection and the response, of which nothing is read."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/api/read", json.dumps({"text": text, "model": model}), JSON)
+    return connection, connection.getresponse()
 
 
 def reading_of(model: Served, text: str):
@@ -99,8 +108,6 @@ def running(app):
 
 @pytest.fixture(scope="module")
 def port(models):
-    app = create_app(
-        models, max_characters=MAX_CHARACTERS, max_tokens=MAX_TOKENS, queue=QUEUE
-    )
+    app = create_app(models, max_characters=MAX_CHARACTERS, max_tokens=MAX_TOKENS, queue=QUEUE)
     with running(app) as port:
         yield port

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 
@@ -17,9 +18,14 @@ import pytest
 from repo_jax.analysis.page import serve
 from repo_jax.analysis.page.server import create_app
 from repo_jax.errors import ConfigError, MissingPackageError
-from tests.analysis.page.conftest import MAX_CHARACTERS, MAX_TOKENS, reading_of, running
-
-JSON = {"Content-Type": "application/json"}
+from tests.analysis.page.conftest import (
+    JSON,
+    MAX_CHARACTERS,
+    MAX_TOKENS,
+    begun,
+    reading_of,
+    running,
+)
 
 
 def ask(port, method="GET", path="/api/read", body=None, headers=JSON):
@@ -39,20 +45,6 @@ def events(port, text, model="small"):
     status, content = post(port, {"text": text, "model": model})
     assert status == 200, content
     return [json.loads(line) for line in content.splitlines()]
-
-
-def begun(port, text, model="small"):
-    """A request under way: its connection and the response, of which nothing is read."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", "/api/read", json.dumps({"text": text, "model": model}), JSON)
-    return connection, connection.getresponse()
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_ten_at_once_get_their_own_positions(port, models, gate):
@@ -151,8 +143,8 @@ def test_a_request_without_end_is_cut_off(port):
     def endless():
         nonlocal sent
         while True:
-            sent += 1_000_000
-            yield b" " * 1_000_000
+            sent += 50_000
+            yield b" " * 50_000
 
     try:
         status, content = ask(port, "POST", body=endless())
@@ -160,7 +152,7 @@ def test_a_request_without_end_is_cut_off(port):
         assert "larger than" in json.loads(content)["error"]
     except ConnectionError:  # closed while more was being sent
         pass
-    assert sent < 100_000_000
+    assert sent < 100_000_000  # what buffers between the two may hold
 
 
 def test_other_paths_methods_and_types(port):
@@ -175,7 +167,7 @@ def test_other_paths_methods_and_types(port):
 
 
 def test_pages_of_other_sites_are_kept_out(port):
-    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", ""):
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "[", ""):
         status, content = ask(port, path="/", headers={"Host": host})
         assert status == 403
         assert "does not answer to the name" in json.loads(content)["error"]
@@ -233,7 +225,7 @@ def test_models_that_do_not_go_together(models):
 
 
 def test_starlette_missing(models, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "starlette.applications", None)
+    monkeypatch.setitem(sys.modules, "starlette.applications", None)
     with pytest.raises(MissingPackageError, match=r"repo-jax\[serve\]"):
         create_app(models)
 
