@@ -25,6 +25,13 @@ class Parser(jsonargparse.ArgumentParser):
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, **kwargs)
 
+    def spelt(self, argument: str) -> str:
+        """The argument; where it is an option with hyphens for underscores, as we spell it."""
+        name, equals, value = argument.partition("=")
+        ours = name[:2] + name[2:].replace("-", "_")
+        is_option = name.startswith("--") and ours in self._option_string_actions
+        return ours + equals + value if is_option else argument
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong and exits with status 2."""
         print(f"{self.prog}: error: {self._explain(message, ex)}", file=sys.stderr)
@@ -136,7 +143,7 @@ def parse(
     Args:
       config_class: a dataclass of `repo_jax.config`.
       prog, description: for --help.
-      arguments: of the command line; None: sys.argv's.
+      arguments: of the command line; None: sys.argv's. Options may have hyphens, too.
       add: adds options that are not part of the config.
 
     Returns:
@@ -146,7 +153,7 @@ def parse(
     parser.add_argument("--config", action="config", help="A YAML file, or a packaged config.")
     add(parser)
     parser.add_class_arguments(config_class, as_group=False)
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = list(map(parser.spelt, sys.argv[1:] if arguments is None else arguments))
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name != "--config" or not (equals or i + 1 < len(arguments)):

@@ -294,6 +294,13 @@ def test_the_last_given_wins(folder):
     assert config.training.steps == 8
 
 
+def test_hyphens_serve_for_underscores_in_names_alone(folder):
+    options = ["--config", str(folder / "tiny.yaml"), "--training.log-every=7", "--data.text"]
+    config, _ = cli.parse(training.TrainConfig, "train.py", "", [*options, "[my-notes/a_b-c.md]"])
+    assert config.training.log_every == 7
+    assert config.data.text == ("my-notes/a_b-c.md",)
+
+
 def test_a_packaged_config_serves_from_any_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name in ("quickstart", "configs/quickstart.yaml"):

@@ -352,10 +352,10 @@ def test_needle_prompts_are_those_of_the_seed(folder, undrawn, tmp_path):
 
 
 def test_it_is_a_module_and_a_console_script(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["positions", "--text-file", "a"])
+    monkeypatch.setattr(sys, "argv", ["positions", "--text_fiel", "a"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("repo_jax.positions", run_name="__main__")
     assert ended.value.code == 2
-    assert "there is no option --text-file; did you mean --text_file?" in capsys.readouterr().err
+    assert "there is no option --text_fiel; did you mean --text_file?" in capsys.readouterr().err
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"]["repo-positions"] == f"{command.__name__}:{command.run.__name__}"
