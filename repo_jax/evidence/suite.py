@@ -27,7 +27,7 @@ class ModelSize:
     """The shape of a RoPE model, which the others are matched to.
 
     Attributes:
-      d_model, n_layers, n_heads, d_ff, rope_theta: as in `DecoderConfig`.
+      d_model, n_layers, n_heads, d_ff, rope_theta, init_std: as in `DecoderConfig`.
     """
 
     d_model: int = 128
@@ -35,6 +35,7 @@ class ModelSize:
     n_heads: int = 4
     d_ff: int = 352
     rope_theta: float = 10_000.0
+    init_std: float = 0.02
 
 
 @dataclasses.dataclass(frozen=True)

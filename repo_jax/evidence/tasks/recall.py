@@ -32,13 +32,16 @@ class Recall:
     which `asked` have the key asked for, whose values are given in the order of the context;
     `multi_query`, as many, `asked` of which are asked for one after the other.
 
+    In training there are `questions` of them, but for `multi_value`, and a needle may be asked for
+    again: with one question a row, hardly any model learns to find keys in some thousand steps.
+
     A context has `needles` + `lone` values, all different, whatever its kind and length. There
     are so many contexts that none is met twice.
 
     Attributes:
       context: tokens of the context in training.
       factors: how many times longer the contexts of the evaluation sets are.
-      needles, asked: see above.
+      needles, asked, questions: see above.
       lone: values without a key, beside a full number of needles.
       keys, values, noise: different tokens of each sort.
       examples: in each evaluation set.
@@ -49,6 +52,7 @@ class Recall:
     factors: tuple[int, ...] = (1, 2, 4)
     needles: int = 4
     asked: int = 2
+    questions: int = 12
     lone: int = 8
     keys: int = 32
     values: int = 32
@@ -64,6 +68,7 @@ class Recall:
         limits = {
             "asked": (1, self.needles, "recall.needles"),
             "needles": (1, self.keys, "recall.keys"),
+            "questions": (self.asked, 1_000, "a thousand"),
             "lone": (0, self.values - self.needles, "recall.values - recall.needles"),
         }
         for name, (low, high, what) in limits.items():
@@ -85,8 +90,8 @@ class Recall:
 
     @property
     def length(self) -> int:
-        """Tokens of the kind with the longest question."""
-        return 1 + self.context + 3 * self.asked
+        """Tokens of the kinds with the most questions."""
+        return 1 + self.context + 3 * self.questions
 
     @property
     def trained_to(self) -> int:
@@ -111,7 +116,9 @@ class Recall:
         answers = np.zeros(tokens.shape, bool)
         for i, kind in enumerate(KINDS):
             rows = np.flatnonzero(kinds == i)
-            made, _ = self._examples(rng, kind, len(rows), self.context)
+            asked = self.asked if kind == "multi_value" else self.questions
+            made, _ = self._examples(rng, kind, len(rows), self.context, asked)
+            made = padded(made.tokens, made.answers, self.length)
             tokens[rows], answers[rows] = made.tokens, made.answers
         return Examples(tokens, answers)
 
@@ -122,7 +129,8 @@ class Recall:
             for factor in self.factors:
                 context = factor * self.context
                 rng = test_rng(self.test_seed, i, context)
-                made, choices = self._examples(rng, kind, self.examples, context)
+                asked = self.asked if kind in ("multi_value", "multi_query") else 1
+                made, choices = self._examples(rng, kind, self.examples, context, asked)
                 found = EvaluationSet(made.tokens, made.answers, context, kind, choices)
                 sets[f"{kind}_{context}"] = found
         return sets
@@ -140,14 +148,13 @@ class Recall:
                 row[ask + 2 : ask + 2 + n] = values[:n]
         return out
 
-    def _examples(self, rng: np.random.Generator, kind: str, n: int, context: int):
+    def _examples(self, rng: np.random.Generator, kind: str, n: int, context: int, asked: int):
         """Examples of one kind [n, T], and the values in each context [n, C]."""
         m = 1 if kind == "single" else self.needles
         items = self.needles + self.lone
-        asked = self.asked if kind in ("multi_value", "multi_query") else 1
         rows = np.arange(n)[:, None]
         keys = _FIRST + distinct(rng, n, m, self.keys)
-        which = distinct(rng, n, asked, m)
+        which = distinct(rng, n, asked, m) if asked <= m else rng.integers(m, size=(n, asked))
         if kind == "multi_value":
             which = np.sort(which, 1)
             keys[rows, which] = keys[rows, which[:, :1]]
@@ -172,4 +179,4 @@ class Recall:
         tokens = np.concatenate([body, question], 1)
         answers = np.concatenate([np.zeros(1 + context, bool), answers])
         answers = np.broadcast_to(answers[None], tokens.shape)
-        return padded(tokens, answers, 1 + context + 3 * self.asked), choices
+        return Examples(tokens.astype(np.int32), answers), choices
