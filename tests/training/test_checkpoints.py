@@ -77,30 +77,36 @@ def half(stopped, tmp_path):
 # Damage.
 
 
-def arrays(checkpoint: Path, item: str) -> Path:
-    """The file with the most bytes of an item."""
-    files = [file for file in (checkpoint / item).rglob("*") if file.is_file()]
-    return max(files, key=lambda file: file.stat().st_size)
+def arrays(checkpoint: Path, item: str) -> list[Path]:
+    """The files that hold an item's numbers.
+
+    How tensorstore divides these among files differs from one save to the next, and parts that
+    it wrote anew elsewhere stay behind unused, so that damage to one file may be to nothing.
+    """
+    files = [file for file in (checkpoint / item).rglob("d/*") if file.is_file()]
+    assert files
+    return files
 
 
 def truncate(checkpoint: Path) -> None:
-    file = arrays(checkpoint, "params")
-    os.truncate(file, file.stat().st_size // 2)
+    for file in arrays(checkpoint, "params"):
+        os.truncate(file, file.stat().st_size // 2)
 
 
 def flip_bits(item: str):
     def damage(checkpoint: Path) -> None:
-        file = arrays(checkpoint, item)
-        content = bytearray(file.read_bytes())
-        # One bit here and there: single bytes of the file may belong to nothing.
-        content[::97] = bytes(byte ^ 1 for byte in content[::97])
-        file.write_bytes(content)
+        for file in arrays(checkpoint, item):
+            content = bytearray(file.read_bytes())
+            # One bit here and there: single bytes of the file may belong to nothing.
+            content[::97] = bytes(byte ^ 1 for byte in content[::97])
+            file.write_bytes(content)
 
     return damage
 
 
 def remove_file(checkpoint: Path) -> None:
-    arrays(checkpoint, "state").unlink()
+    for file in arrays(checkpoint, "state"):
+        file.unlink()
 
 
 def remove_all(checkpoint: Path) -> None:
