@@ -82,36 +82,52 @@ def draw_all(
 def position_curves(readings: Sequence[Reading], layers: Sequence[int] | None = None):
     """Position against token index: a row a layer, a column a model, a line a head.
 
-    Long texts are drawn by medians of some neighbouring tokens. Of many heads, those at the right
-    that have room there are named.
+    More than four models stand below each other, each with all its rows. Long texts are drawn by
+    medians of some neighbouring tokens. Of many heads, those at the right that have room there
+    are named.
 
     Args:
       readings: of the same text; at least one layer of one has positions.
-      layers: which, 0-based. None: up to four that are spread over the depth, of those with
-        learned positions where there are any. Of a model of other depth, those at its depth.
+      layers: which of the deepest model, 0-based. None: up to four that are spread over the depth
+        of a model, of those with learned positions where there are any. Of the other models,
+        those at the same depth.
     """
-    rows = [_layers_alike(readings, layer) for layer in layers or _spread_layers(readings)]
+    depth = max(len(reading.kinds) for reading in readings)
+    if not layers:
+        layers, depth = _spread_layers(readings)
+    chosen = [_layers_alike(reading, layers, depth) for reading in readings]
+    n_blocks = -(-len(readings) // 4)
+    n_columns = -(-len(readings) // n_blocks)
     width = _ONE_COLUMN if len(readings) == 1 else _TWO_COLUMNS
+    # A line of a narrow column has no room for both the name and the layer.
+    row, between = (0.95, ", ") if n_columns < 3 else (1.1, "\n")
+    height = 0.2 + n_blocks * (0.35 + row * len(layers))
+    figure, axes = _panels(n_blocks * len(layers), n_columns, width, height)
+    by_model = axes.reshape(n_blocks, len(layers), n_columns).swapaxes(1, 2)
+    by_model = by_model.reshape(-1, len(layers))
+    for panel in by_model[len(readings) :].flat:
+        panel.remove()
     n_heads = max(reading.positions.shape[1] for reading in readings)
-    height = 0.55 + 0.95 * len(rows)
-    figure, axes = _panels(len(rows), len(readings), width, height, sharex="col")
-    for axes_row, chosen in zip(axes, rows, strict=True):
-        for panel, reading, layer in zip(axes_row, readings, chosen, strict=True):
+    for reading, of_rows, panels in zip(readings, chosen, by_model, strict=False):
+        for panel, layer in zip(panels, of_rows, strict=True):
             _curves(panel, reading, layer, n_heads)
             name = f"layer {layer}, {_WORDS[reading.kinds[layer]]}"
-            _name(panel, name if len(readings) == 1 else f"{_short(reading.name, 20)}, {name}")
-    for panel, reading, layer in zip(axes[-1], readings, rows[-1], strict=True):
+            if len(readings) > 1:
+                name = _short(reading.name, 20 if n_columns < 4 else 16) + between + name
+            _name(panel, name)
+            panel.tick_params(labelbottom=panel is panels[-1])
         size = _tokens_a_point(reading)
-        drawn = f", medians of {size}" if size > 1 and reading.kinds[layer] == "repo" else ""
-        panel.set_xlabel(f"token index (tokens){drawn}")
+        medians = size > 1 and any(reading.kinds[layer] == "repo" for layer in of_rows)
+        drawn = f"{between}medians of {size}" if medians else ""
+        panels[-1].set_xlabel(f"token index (tokens){drawn}")
     for panel in axes[:, 0]:
         panel.set_ylabel("position z")
     learned = any(
         reading.kinds[layer] == "repo"
-        for chosen in rows
-        for reading, layer in zip(readings, chosen, strict=True)
+        for reading, of_rows in zip(readings, chosen, strict=True)
+        for layer in of_rows
     )
-    _legend_of_heads(figure, axes, n_heads if learned else 0)
+    _legend_of_heads(figure, n_heads if learned else 0)
     return figure
 
 
@@ -132,6 +148,7 @@ def ranges(rows: Sequence[RangeRow], kinds: Kinds):
     by_layer.set_ylabel("range of z (positions)")
     _log(by_layer, "y")
 
+    step = min(1.5, 6 / len(models))
     for place, (name, i) in enumerate(models.items()):
         found = collections.defaultdict(list)
         for row in _of_learned(rows, kinds, name):
@@ -140,7 +157,7 @@ def ranges(rows: Sequence[RangeRow], kinds: Kinds):
         low, middle, high = ([np.quantile(found[n], q) for n in lengths] for q in (0.25, 0.5, 0.75))
         by_length.fill_between(lengths, low, high, color=_color(i), alpha=0.2, lw=0)
         # Of lines that coincide, each remains to be seen.
-        by_length.plot(lengths, middle, **_line(i) | {"ms": 3 + 1.5 * (len(models) - 1 - place)})
+        by_length.plot(lengths, middle, **_line(i) | {"ms": 3 + step * (len(models) - 1 - place)})
     lengths = sorted({row.tokens for row in rows})
     by_length.plot(lengths, [n - 1 for n in lengths], **_REFERENCE)
     by_length.set(xlabel="context length (tokens)", ylabel="range of z (positions)")
@@ -219,7 +236,10 @@ def attention_mass(rows: Sequence[MassRow], kinds: Kinds):
 
 
 def overview(report: Report, kinds: Kinds):
-    """Layers x heads of each model that has RePo layers: range, constant chunks, correlation."""
+    """Layers x heads of each model that has RePo layers: range, constant chunks, correlation.
+
+    White: there is no value, as where a text is shorter than a chunk.
+    """
     models = [name for name, of_layers in kinds.items() if "repo" in of_layers]
     longest = max(row.tokens for row in report.ranges)
     measures = {
@@ -228,11 +248,14 @@ def overview(report: Report, kinds: Kinds):
         "correlation of z and index": ("pearson", report.correlations),
     }
     measures = {label: what for label, what in measures.items() if what[1]}
+    n_heads = {
+        name: 1 + max(row.head for row in report.ranges if row.model == name) for name in models
+    }
     heights = [min(2.6, max(1.0, 0.16 * len(kinds[name]))) for name in models]
     height = 0.8 + sum(heights) + 0.2 * len(models)
     figure, axes = _panels(len(models), len(measures), _TWO_COLUMNS, height, height_ratios=heights)
     for column, (label, (attribute, rows)) in enumerate(measures.items()):
-        maps = [_map(rows, attribute, name, kinds[name]) for name in models]
+        maps = [_map(rows, attribute, name, kinds[name], n_heads[name]) for name in models]
         scale = _scale(attribute, maps, longest)
         for panel, name, found in zip(axes[:, column], models, maps, strict=True):
             image = panel.pcolormesh(found, **scale)
@@ -327,17 +350,22 @@ def _color(i: int) -> str:
     return plots.COLORS[i % len(plots.COLORS)]
 
 
+def _other(i: int, of: Sequence[str]) -> str:
+    """One of as many as there are colours; models that share a colour have different ones."""
+    return of[(i + i // len(plots.COLORS)) % len(of)]
+
+
 def _line(i: int) -> dict[str, Any]:
-    return dict(color=_color(i), marker=plots.MARKERS[i % len(plots.MARKERS)], ms=3, lw=1)
+    return dict(color=_color(i), marker=_other(i, plots.MARKERS), ms=3, lw=1)
 
 
 def _dots(i: int) -> dict[str, Any]:
-    marker = plots.MARKERS[i % len(plots.MARKERS)]
+    marker = _other(i, plots.MARKERS)
     return dict(color=_color(i), marker=marker, ms=2.2, mew=0, ls="", alpha=0.7)
 
 
 def _hatch(i: int) -> str:
-    return _HATCHES[i % len(_HATCHES)]
+    return _other(i, _HATCHES)
 
 
 def _layer_ticks(panel, depth: int, most: int, last: str | None = None, at: float = 0) -> None:
@@ -374,7 +402,19 @@ def _legend_of_models(figure, models: Mapping[str, int], reference: str | None =
     handles = [Line2D([], [], **_line(i), label=_short(name)) for name, i in models.items()]
     if reference is not None:
         handles.append(Line2D([], [], **_REFERENCE, label=reference))
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, **_LEGEND)
+    _legend(figure, handles)
+
+
+def _legend(figure, handles: Sequence[Any]) -> None:
+    """Above the panels, in as many columns as there is room for; the figure grows by its rows."""
+    style = dict(loc="outside upper center", **_LEGEND)
+    for n_columns in (4, 3, 2, 1):
+        legend = figure.legend(handles=handles, ncols=n_columns, **style)
+        if n_columns == 1 or legend.get_window_extent().width < figure.bbox.width:
+            break
+        legend.remove()
+    n_rows = -(-len(handles) // n_columns)
+    figure.set_figheight(figure.get_figheight() + (n_rows - 1) * 1.5 * _POINTS / 72)
 
 
 def _placed(of_layers: Sequence[PositionKind]) -> bool:
@@ -431,20 +471,23 @@ def _heads_by_layer(panel, models: Mapping[str, int], found: Sequence[tuple[Any,
     _whole_numbers(panel.xaxis)
 
 
-def _spread_layers(readings: Sequence[Reading], most: int = 4) -> list[int]:
-    """Layers of the first reading, or of the deepest, that are worth a look."""
+def _spread_layers(readings: Sequence[Reading], most: int = 4) -> tuple[list[int], int]:
+    """Layers that are worth a look, and how many their model has.
+
+    It is the deepest of those with RePo layers; where there are none, of those with RoPE layers.
+    """
     reading = max(readings, key=lambda r: ("repo" in r.kinds, _placed(r.kinds), len(r.kinds)))
     for wanted in (("repo",), ("rope",)):
         if found := [i for i, kind in enumerate(reading.kinds) if kind in wanted]:
             at = np.linspace(0, len(found) - 1, min(most, len(found))).round().astype(int)
-            return [found[i] for i in at]
+            return [found[i] for i in at], len(reading.kinds)
     raise ValueError("no layer of these models has positions; there is no curve to draw")
 
 
-def _layers_alike(readings: Sequence[Reading], layer: int) -> list[int]:
-    """The layer of each model at the depth of that one of the deepest model."""
-    deepest = max(len(reading.kinds) for reading in readings)
-    return [round(layer * (len(reading.kinds) - 1) / max(1, deepest - 1)) for reading in readings]
+def _layers_alike(reading: Reading, layers: Sequence[int], depth: int) -> list[int]:
+    """A model's layers at the depth of those of a model of `depth` layers."""
+    last = len(reading.kinds) - 1
+    return [round(layer * last / max(1, depth - 1)) for layer in layers]
 
 
 def _tokens_a_point(reading: Reading) -> int:
@@ -503,7 +546,7 @@ def _head_color(head: int, n_heads: int):
     return colormaps["cividis"](head / (n_heads - 1))
 
 
-def _legend_of_heads(figure, axes, n_heads: int) -> None:
+def _legend_of_heads(figure, n_heads: int) -> None:
     """Of `n_heads` heads, 0 where no positions are learned, and the reference."""
     from matplotlib import cm, colors
     from matplotlib.lines import Line2D
@@ -513,8 +556,8 @@ def _legend_of_heads(figure, axes, n_heads: int) -> None:
         handles += [Line2D([], [], **_line(i), label=f"head {i}") for i in range(n_heads)]
     else:
         scale = cm.ScalarMappable(colors.Normalize(0, n_heads - 1), "cividis")
-        _color_bar(figure, scale, axes, "head", aspect=40)
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, **_LEGEND)
+        _color_bar(figure, scale, figure.axes, "head", aspect=40)
+    _legend(figure, handles)
 
 
 def _color_bar(figure, image, axes, label: str, **options) -> None:
@@ -533,11 +576,17 @@ def _color_bar(figure, image, axes, label: str, **options) -> None:
         axis.set_minor_locator(NullLocator())
 
 
-def _map(rows: Sequence[Any], attribute: str, model: str, of_layers: Sequence[PositionKind]):
+def _map(
+    rows: Sequence[Any],
+    attribute: str,
+    model: str,
+    of_layers: Sequence[PositionKind],
+    n_heads: int,
+):
     """Values of RePo layers at the greatest length, [L, N]; masked elsewhere."""
     mine = [row for row in rows if row.model == model]
     longest = max((getattr(row, "tokens", 0) for row in mine), default=0)
-    found = np.full((len(of_layers), 1 + max(row.head for row in mine)), np.nan)
+    found = np.full((len(of_layers), n_heads), np.nan)
     for row in mine:
         value = getattr(row, attribute)
         if of_layers[row.layer] == "repo" and getattr(row, "tokens", 0) == longest:

@@ -1,5 +1,7 @@
 """Figures: they show the numbers they are given, and can be read."""
 
+import itertools
+import re
 import sys
 import warnings
 
@@ -64,14 +66,14 @@ def report_of(r: Reading, seed=0) -> Report:
             for n in (16, 32, 64, 128, n_tokens)
             if n <= n_tokens
         ]
-        shares = rng.dirichlet(np.ones(3))
+        patterns = [PatternRow(*at, 16, 0.2, n_tokens // 16, *rng.dirichlet(np.ones(3)))]
         distances = [
             DistanceRow(*at, relation, 10, 1.0, 1.0, rng.uniform(0.5, 1.5), ratio)
             for relation, ratio in (("same_row", 0.1), ("same_column", 0.9), ("unrelated", 1.0))
         ]
         rows += Report(
             tuple(ranges),
-            (PatternRow(*at, 16, 0.2, 6, *shares),),
+            tuple(patterns if n_tokens >= 16 else ()),
             (CorrelationRow(*at, n_tokens, rng.uniform(-1, 1), 0.0),),
             (),
             tuple(distances),
@@ -89,8 +91,15 @@ SHAPES = {
     "other depths": [reading("a", ("nope", "repo", "repo"), 7), reading("b", REPO * 2, 2)],
     "large": [reading(kinds=("rope",) * 10 + ("repo",) * 22, n_heads=32, n_tokens=900)],
     "a token": [reading(n_tokens=1)],
+    "one without a chunk": [reading("bytes", n_tokens=20), reading("pieces", n_tokens=8)],
+    "four": [reading(f"{LONG_NAME}-{i}", ("repo",) * 2, n_tokens=500) for i in range(4)],
+    "seven": [reading(f"{LONG_NAME}-{i}", REPO[: 2 + i % 2], 7) for i in range(7)],
 }
-WITHOUT = {"rope": {"overview"}, "nope": ALL - {"attention_mass"}, "a token": {"ranges"}}
+WITHOUT = {
+    "rope": {"overview"},
+    "nope": ALL - {"attention_mass"},
+    "a token": {"ranges", "patterns"},
+}
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -114,28 +123,24 @@ def drawn(request, tmp_path_factory):
 
 
 def unreadable(figure) -> tuple[list[str], list[str]]:
-    """Texts that are cut off or too small, and labels of ticks that touch the next."""
+    """Texts that are cut off or too small, and texts that touch others."""
     renderer, edge = figure.canvas.get_renderer(), figure.bbox.padded(1)
     of_ticks = {label for tick in figure.findobj(Tick) for label in (tick.label1, tick.label2)}
     texts = [text for text in figure.findobj(Text) if text not in of_ticks]
-    touching = []
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
             ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
-            labels = [label for tick in ticks for label in (tick.label1, tick.label2)]
-            labels = [label for label in labels if label.get_visible() and label.get_text()]
-            texts += labels
-            boxes = [label.get_window_extent(renderer) for label in labels]
-            pairs = zip(labels, boxes, boxes[1:], strict=False)
-            touching += [label.get_text() for label, box, after in pairs if box.overlaps(after)]
+            texts += [label for tick in ticks for label in (tick.label1, tick.label2)]
+    texts = [text for text in texts if text.get_text() and text.get_visible()]
+    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts]
+    pairs = itertools.combinations(boxes, 2)
+    touching = [text for (text, box), (_, other) in pairs if box.overlaps(other)]
     lost = []
-    for text in texts:
-        if text.get_text() and text.get_visible():
-            box = text.get_window_extent(renderer)
-            inside = edge.contains(box.x0, box.y0) and edge.contains(box.x1, box.y1)
-            if not inside or text.get_fontsize() < 7:
-                lost.append(text.get_text())
+    for text, (words, box) in zip(texts, boxes, strict=True):
+        inside = edge.contains(box.x0, box.y0) and edge.contains(box.x1, box.y1)
+        if not inside or text.get_fontsize() < 7:
+            lost.append(words)
     return lost, touching
 
 
@@ -188,6 +193,13 @@ def test_long_curves_are_medians_and_say_so():
     assert axes.get_xlabel() == f"token index (tokens), medians of {size}"
 
 
+def test_medians_are_named_below_every_column_that_has_them():
+    readings = [reading("mixed", n_tokens=1001), reading("rope", ("rope",) * 4, n_tokens=1001)]
+    *_, mixed, rope = figures.position_curves(readings, layers=[2, 0]).axes
+    assert mixed.get_xlabel() == "token index (tokens), medians of 3"
+    assert rope.get_xlabel() == "token index (tokens)"
+
+
 @pytest.mark.parametrize(
     ("kinds", "expected"),
     [
@@ -200,6 +212,49 @@ def test_layers_with_learned_positions_come_first(kinds, expected):
     figure = figures.position_curves([reading(kinds=kinds, n_heads=1)])
     titles = [axes.get_title("left").split(",")[0] for axes in figure.axes]
     assert titles == [f"layer {layer}" for layer in expected]
+
+
+def shown_layers(figure) -> dict[str, list[str]]:
+    """What is drawn of each model, in a figure of several."""
+    found = {}
+    for axes in figure.axes:
+        name, what = re.split(r", |\n", axes.get_title("left"), maxsplit=1)
+        found.setdefault(name, []).append(what)
+    return found
+
+
+@pytest.mark.parametrize("depth", [8, 32])
+def test_learned_layers_come_first_beside_a_model_of_other_depth(depth):
+    learned = ("rope",) * 5 + ("repo",) * 11
+    readings = [reading("a", ("rope",) * depth, 1), reading("b", learned, 1)]
+    layers = [5, 8, 12, 15]
+    shown = shown_layers(figures.position_curves(readings))
+    assert shown["b"] == [f"layer {layer}, RePo" for layer in layers]
+    alike = [round(layer / 15 * (depth - 1)) for layer in layers]
+    assert shown["a"] == [f"layer {layer}, RoPE" for layer in alike]
+
+
+def test_layers_asked_for_are_those_of_the_deepest_model():
+    readings = [reading("a", ("rope",) * 31, 1), reading("b", ("repo",) * 16, 1)]
+    shown = shown_layers(figures.position_curves(readings, layers=[30, 10]))
+    assert shown == {
+        "a": ["layer 30, RoPE", "layer 10, RoPE"],
+        "b": ["layer 15, RePo", "layer 5, RePo"],
+    }
+
+
+@pytest.mark.parametrize("n_models", [1, 4, 5, 7, 9])
+def test_curves_of_many_models_keep_their_width(n_models):
+    readings = [reading(f"m{i}", ("rope", "repo"), 1, 20 + i) for i in range(n_models)]
+    figure = figures.position_curves(readings, layers=[1, 0])
+    figure.canvas.draw()
+    panels = [axes for axes in figure.axes if len(lines(axes)) > 1]
+    for axes, r in zip(panels, readings, strict=True):
+        np.testing.assert_array_equal(lines(axes)[0].get_ydata(), r.positions[1, 0])
+        assert axes.get_window_extent().width / figure.dpi > 1.2
+    if n_models > 1:
+        expected = ["layer 1, RePo", "layer 0, RoPE"]
+        assert shown_layers(figure) == {r.name: expected for r in readings}
 
 
 def test_ranges_are_medians_of_learned_layers():
@@ -257,6 +312,23 @@ def test_any_number_of_parts(n_parts):
     assert [axes.get_title("left") for axes in figure.axes] == [row.part for row in rows]
 
 
+@pytest.mark.parametrize("n_models", [2, 7])
+def test_names_are_whole_in_one_column(n_models):
+    readings = [reading(f"{LONG_NAME}-{i}") for i in range(n_models)]
+    report = sum(map(report_of, readings), Report())
+    kinds = kinds_of(*readings)
+    masses = [row for row in report.masses if row.part == "needle"]
+    distances = [row for row in report.distances if row.relation == "same_row"]
+    drawn = [figures.attention_mass(masses, kinds), figures.related_tokens(distances, kinds)]
+    for figure in drawn:
+        figure.canvas.draw()
+        assert figure.get_size_inches()[0] == 3.3
+        assert unreadable(figure) == ([], [])
+        (legend,) = figure.legends
+        assert {figures._short(r.name) for r in readings} <= {t.get_text() for t in legend.texts}
+        assert figure.axes[0].get_window_extent().height / figure.dpi > 0.9
+
+
 def test_the_overview_shows_learned_layers_only():
     r = reading()
     report = report_of(r)
@@ -299,6 +371,15 @@ def test_a_model_has_the_same_colour_in_all_figures():
     ]
     assert {line.get_color() for line in of_repo} == {plots.COLORS[1]}
     assert {line.get_marker() for line in of_repo} == {plots.MARKERS[1]}
+
+
+def test_no_two_models_look_the_same():
+    readings = [reading(f"m{i}", ("repo",), 1) for i in range(2 * len(plots.COLORS))]
+    report = sum(map(report_of, readings), Report())
+    panel = figures.attention_mass(report.masses, kinds_of(*readings)).axes[0]
+    bars = [container[0] for container in panel.containers]
+    assert len({(line.get_color(), line.get_marker()) for line in panel.lines}) == len(readings)
+    assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in bars}) == len(readings)
 
 
 def test_long_names_keep_both_ends():
