@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib.resources
+import itertools
 import logging
 import re
 import sys
@@ -25,12 +26,17 @@ class Parser(jsonargparse.ArgumentParser):
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, **kwargs)
 
-    def spelt(self, argument: str) -> str:
-        """The argument; where it is an option with hyphens for underscores, as we spell it."""
-        name, equals, value = argument.partition("=")
-        ours = name[:2] + name[2:].replace("-", "_")
-        is_option = name.startswith("--") and ours in self._option_string_actions
-        return ours + equals + value if is_option else argument
+    def spelt(self, arguments: Sequence[str]) -> list[str]:
+        """Arguments as we spell them: options may have hyphens, and true may be left out."""
+        ours = []
+        for argument, following in itertools.pairwise([*arguments, "--"]):
+            name, equals, value = argument.partition("=")
+            name = name[:2] + name[2:].replace("-", "_")
+            action = self._option_string_actions.get(name) if name.startswith("--") else None
+            ours.append(name + equals + value if action else argument)
+            is_flag = getattr(action, "_typehint", None) is bool and not equals
+            ours += ["true"] if is_flag and following.startswith("--") else []
+        return ours
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong and exits with status 2."""
@@ -124,6 +130,21 @@ def _check_yaml(file: Path, config_class: type) -> None:
             )
 
 
+def read_text(option: str, path: str) -> str:
+    """The content of a text file that an option names.
+
+    Raises:
+      ConfigError: it cannot be read, is not UTF-8, or is empty.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} {path} cannot be read as text: {error}") from None
+    if not text:
+        raise ConfigError(f"{option} {path} is empty; it must have at least one character")
+    return text
+
+
 def packaged_configs() -> Path:
     """configs/ inside an installed wheel, or beside the package in a checkout."""
     package = Path(str(importlib.resources.files("repo_jax")))
@@ -143,7 +164,8 @@ def parse(
     Args:
       config_class: a dataclass of `repo_jax.config`.
       prog, description: for --help.
-      arguments: of the command line; None: sys.argv's. Options may have hyphens, too.
+      arguments: of the command line; None: sys.argv's. Options may
+        have hyphens, and `true` may be left out.
       add: adds options that are not part of the config.
 
     Returns:
@@ -153,7 +175,7 @@ def parse(
     parser.add_argument("--config", action="config", help="A YAML file, or a packaged config.")
     add(parser)
     parser.add_class_arguments(config_class, as_group=False)
-    arguments = list(map(parser.spelt, sys.argv[1:] if arguments is None else arguments))
+    arguments = parser.spelt(list(sys.argv[1:] if arguments is None else arguments))
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name != "--config" or not (equals or i + 1 < len(arguments)):

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from repo_jax import cli, tokenize
+from repo_jax.config import EvalConfig
 from repo_jax.data import train_bpe
 from repo_jax.evaluation import command as evaluation
 from repo_jax.training import command as training
@@ -299,6 +300,15 @@ def test_hyphens_serve_for_underscores_in_names_alone(folder):
     config, _ = cli.parse(training.TrainConfig, "train.py", "", [*options, "[my-notes/a_b-c.md]"])
     assert config.training.log_every == 7
     assert config.data.text == ("my-notes/a_b-c.md",)
+
+
+def test_true_may_be_left_out():
+    for options in (["--by_position", "--run", "."], ["--run", ".", "--by-position"]):
+        config, _ = cli.parse(EvalConfig, "eval.py", "", options)
+        assert config.by_position
+        assert config.run == "."
+    config, _ = cli.parse(EvalConfig, "eval.py", "", ["--run", ".", "--by_position", "false"])
+    assert not config.by_position
 
 
 def test_a_packaged_config_serves_from_any_folder(monkeypatch, tmp_path):

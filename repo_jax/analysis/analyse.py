@@ -9,7 +9,7 @@ from tqdm import tqdm
 from repo_jax.analysis import measures
 from repo_jax.analysis.attention_mass import attention_mass, visible_tokens
 from repo_jax.analysis.prompts import Labelled, Table, needle_prompt, table_prompt
-from repo_jax.analysis.reading import Reading, read
+from repo_jax.analysis.reading import Reading, read, read_positions
 from repo_jax.analysis.records import (
     CorrelationRow,
     DistanceRow,
@@ -72,11 +72,10 @@ def analyse(
     for what, value, least in (("chunk", chunk, 1), ("eps", eps, 0), ("prompts", prompts, 0)):
         if not value >= least:
             raise ConfigError(f"{what} is {value}; it must be {least} or above")
-    if needle_length is None:
-        needle_length = min(max(model.config.max_length, _SHORTEST_NEEDLE), _LONGEST_NEEDLE)
-    seeds = range(seed, seed + prompts)
-    labelled = labelled or [needle_prompt(tokenizer, needle_length, seed=s) for s in seeds]
-    tables = [table_prompt(tokenizer, **_TABLE, seed=s) for s in seeds]
+    if not labelled:
+        length = model.config.max_length
+        labelled = needle_prompts(tokenizer, length, needle_length, prompts=prompts, seed=seed)
+    tables = [table_prompt(tokenizer, **_TABLE, seed=s) for s in range(seed, seed + prompts)]
 
     reading = read(model, params, tokenizer, text, name=name)
     positioned = [i for i, kind in enumerate(reading.kinds) if kind not in ("nope", "cope")]
@@ -91,8 +90,17 @@ def analyse(
         patterns += _patterns(name, layer, z_NT, chunk, eps) if chunk <= z_NT.shape[1] else ()
         correlations += _correlations(name, layer, z_NT)
     masses = _masses(model, params, name, labelled)
-    distances = _distances(model, params, name, positioned, tokenizer, tables)
+    distances = _distances(model, params, name, positioned, tables)
     return reading, Report(*map(tuple, (ranges, patterns, correlations, masses, distances)))
+
+
+def needle_prompts(
+    tokenizer: Tokenizer, max_length: int, needle_length: int | None, *, prompts: int, seed: int
+) -> list[Labelled]:
+    """The needle prompts of `analyse`, for a model of this `max_length`."""
+    if needle_length is None:
+        needle_length = min(max(max_length, _SHORTEST_NEEDLE), _LONGEST_NEEDLE)
+    return [needle_prompt(tokenizer, needle_length, seed=seed + i) for i in range(prompts)]
 
 
 def _shown(items, what: str):
@@ -139,13 +147,13 @@ def _masses(model: RePoLM, params, name: str, prompts: Sequence[Labelled]):
             yield MassRow(name, layer, head, part_name, float(mass), float(tokens), len(each))
 
 
-def _distances(model: RePoLM, params, name: str, layers, tokenizer, tables: Sequence[Table]):
+def _distances(model: RePoLM, params, name: str, layers, tables: Sequence[Table]):
     if not layers or not tables:
         return
     relations = measures.table_pairs(**_TABLE)
     z_sums, index_sums = dict.fromkeys(relations, 0.0), dict.fromkeys(relations, 0.0)
     for table in _shown(tables, "tables"):
-        positions = read(model, params, tokenizer, table.text).positions[layers]
+        positions = read_positions(model, params, table.ids)[layers]
         z, index = measures.centroids(positions, table.cells)
         for relation, pairs in relations.items():
             z_sums[relation] += measures.distance_sums(z, pairs)

@@ -1,20 +1,19 @@
 """The positions command: tables, figures and a page about a text, or the page live."""
 
+import contextlib
 import dataclasses
-import hashlib
 import importlib.util
-import json
 import os
 import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from repo_jax import cli, plots
 from repo_jax.analysis import figures
-from repo_jax.analysis.analyse import analyse
+from repo_jax.analysis.analyse import analyse, needle_prompts
 from repo_jax.analysis.prompts import Labelled, read_labelled
 from repo_jax.analysis.reading import Reading
 from repo_jax.analysis.records import TABLES, Report
@@ -23,9 +22,7 @@ from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError, MissingPackageError
 from repo_jax.inference.command import load
 
-# Lists what the command wrote into a folder, by name its SHA-256.
-_WRITTEN = ".written.json"
-# Files and folders that it may write there.
+# What the command writes into its folder.
 _NAMES = ("report.json", *(f"{table}.csv" for table in TABLES), "figures", "page.html")
 
 
@@ -47,8 +44,9 @@ class PositionsConfig:
       tokenizer: a tokenizer.json or its folder, one for all or one for each model. Empty: the
         run's or the model folder's.
       rope_scaling: YaRN, for contexts longer than the models were trained on.
-      out: a folder, new or made by this command before. None: `analysis` in the run directory; of
-        a model, or of several, `analysis/<names>` here.
+      out: the folder to write to. None: `analysis` in the run directory; of a model, or of
+        several, `analysis/<names>` here.
+      overwrite: an analysis that is there is replaced.
       layers: whose curves are drawn, 0-based. None: some, spread over the depth.
       chunk: tokens of a chunk, for local patterns.
       eps: how far from the mean of its chunk a constant position may be.
@@ -62,17 +60,18 @@ class PositionsConfig:
       port: with `serve`.
     """
 
-    run: tuple[str, ...] | str = ()
-    model: tuple[str, ...] | str = ()
+    run: tuple[str | int, ...] | str = ()
+    model: tuple[str | int, ...] | str = ()
     text_file: str | None = None
     text: str | None = None
     serve: bool = False
-    name: tuple[str, ...] | str = ()
+    name: tuple[str | int, ...] | str = ()
     step: tuple[str | int, ...] | str = "latest"
     revision: str | None = None
-    tokenizer: tuple[str, ...] | str = ()
+    tokenizer: tuple[str | int, ...] | str = ()
     rope_scaling: RopeScaling | None = None
     out: str | None = None
+    overwrite: bool = False
     layers: tuple[int, ...] | None = None
     chunk: int = 16
     eps: float = 0.2
@@ -86,8 +85,8 @@ class PositionsConfig:
     def __post_init__(self):
         for name in ("run", "model", "name", "step", "tokenizer"):
             value = getattr(self, name)
-            listed = (value,) if isinstance(value, str) else tuple(value)
-            object.__setattr__(self, name, listed)
+            listed = (value,) if isinstance(value, str) else value
+            object.__setattr__(self, name, tuple(str(x) for x in listed if x != ""))
         n_models = len(self.run) + len(self.model)
         if not n_models:
             raise ConfigError("give --run (run directories), --model (folders or hub ids) or both")
@@ -119,7 +118,7 @@ class _Source:
 
     Attributes:
       config: of the model.
-      labelled: texts of `--labelled` as its tokenizer cuts them.
+      labelled: texts to measure the attention on, as its tokenizer cuts them.
     """
 
     name: str
@@ -130,20 +129,22 @@ class _Source:
     rope_scaling: RopeScaling | None
     config: DecoderConfig
     tokenizer: Tokenizer
-    labelled: Sequence[Labelled] = ()
+    labelled: Sequence[Labelled]
 
 
 def _sources(config: PositionsConfig) -> list[_Source]:
     """The models, everything about them but their parameters read."""
     places = [("run", run) for run in config.run] + [("model", model) for model in config.model]
     steps = config.step if len(config.step) == len(config.run) else config.step * len(config.run)
-    steps = [*map(str, steps), *["latest"] * len(config.model)]
+    steps = [*steps, *["latest"] * len(config.model)]
     tokenizers = config.tokenizer or (None,)
     tokenizers = tokenizers * len(places) if len(tokenizers) == 1 else tokenizers
     names = config.name or [Path(place).resolve().name for _, place in places]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two models are called {name}; give --name, a list of names")
+        if not re.search(r"\w", name):
+            raise ConfigError(f"--name is {name!r}; it must have a letter or a digit")
     sources = []
     for (kind, place), name, step, tokenizer in zip(places, names, steps, tokenizers, strict=True):
         read = _read_run if kind == "run" else _read_model
@@ -151,7 +152,14 @@ def _sources(config: PositionsConfig) -> list[_Source]:
         tokenizer = Tokenizer.load(tokenizer or folder)
         where = {"run": None, "model": None, kind: place}
         scaling = dict(revision=config.revision, rope_scaling=config.rope_scaling)
-        labelled = read_labelled(config.labelled, tokenizer) if config.labelled else ()
+        if config.labelled:
+            labelled = read_labelled(config.labelled, tokenizer)
+        else:
+            options = dict(prompts=config.prompts, seed=config.seed)
+            length = config.needle_length
+            labelled = needle_prompts(tokenizer, found.max_length, length, **options)
+        for text in labelled:
+            _check_ids(text.ids, name, found)
         sources.append(
             _Source(
                 name,
@@ -188,26 +196,22 @@ def _read_model(model: str, revision: str | None) -> tuple[DecoderConfig, Path]:
 
 
 def _text(config: PositionsConfig) -> str:
-    if config.text is not None:
-        return config.text
-    path = config.text_file
+    if config.text is None:
+        return cli.read_text("--text_file", config.text_file)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--text_file {path} cannot be read as text: {error}") from None
-    if not text:
-        raise ConfigError(f"--text_file {path} is empty; it must have at least one character")
-    return text
+        config.text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("--text has bytes that are not UTF-8; give it as a file") from None
+    return config.text
 
 
-def _check_text(text: str, source: _Source) -> None:
-    ids = source.tokenizer.encode(text)
-    if not ids:
-        raise ConfigError(f"the tokenizer of {source.name} finds no token in the text")
-    if max(ids) >= source.config.vocab_size:
+def _check_ids(ids: Sequence[int], name: str, model: DecoderConfig) -> None:
+    if not len(ids):
+        raise ConfigError(f"the tokenizer of {name} finds no token in the text")
+    if max(ids) >= model.vocab_size:
         raise ConfigError(
-            f"the tokenizer of {source.name} gives the token {max(ids)}; the model has "
-            f"{source.config.vocab_size}; give the --tokenizer it was trained with"
+            f"the tokenizer of {name} gives the token {max(ids)}; the model has "
+            f"{model.vocab_size}; give the --tokenizer it was trained with"
         )
 
 
@@ -222,61 +226,49 @@ def _out(config: PositionsConfig, names: Sequence[str]) -> Path:
     """Where to write.
 
     Raises:
-      ConfigError: something of another's would be overwritten there.
+      ConfigError: it is no folder, or has an analysis that is not to be overwritten.
     """
     if config.out is not None:
         out = Path(config.out)
     elif config.run and len(names) == 1:
         out = Path(config.run[0]) / "analysis"
     else:
-        out = Path("analysis") / re.sub(r"[^\w.+-]+", "_", "-".join(names))
+        out = Path("analysis") / re.sub(r"[^\w+-]+", "_", "-".join(names))[:100]
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; name a folder")
-    _check_own(out)
+    if not config.overwrite:
+        _check_free(out)
     return out
 
 
-def _check_own(out: Path) -> None:
-    """Refuses a folder where something of another's would be overwritten."""
-    written = _written(out)
-    for path in sorted(out.rglob("*")):
-        name = path.relative_to(out)
-        ours = name.as_posix() in written or name.parts[0] in _NAMES
-        if ours and path.is_file() and written.get(name.as_posix()) != _digest(path):
+def _check_free(out: Path) -> None:
+    for name in _NAMES:
+        if os.path.lexists(out / name):
             raise ConfigError(
-                f"--out {out} has {name}, which this command did not write, or which was changed "
-                "since; name another folder"
+                f"--out {out} has {name} already; name another folder, or give --overwrite true"
             )
 
 
-def _written(out: Path) -> dict[str, str]:
-    path = out / _WRITTEN
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _replace(out: Path, made: Path) -> None:
-    """Puts the files of `made`, on the same disk, in place of those of an earlier analysis."""
-    _check_own(out)
-    files = [path.relative_to(made) for path in sorted(made.rglob("*")) if path.is_file()]
-    for name in _written(out):
-        (out / name).unlink(missing_ok=True)
-    # Listed first, so that a kill in between leaves nothing that is taken for another's.
-    digests = {name.as_posix(): _digest(made / name) for name in files}
-    out.mkdir(exist_ok=True)
-    (out / _WRITTEN).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
-    for name in files:
-        (out / name).parent.mkdir(exist_ok=True)
-        os.replace(made / name, out / name)
-
-
-def _need(package: str, feature: str, extra: str) -> None:
-    """Tells of a missing package before the long work."""
-    if importlib.util.find_spec(package) is None:
-        raise MissingPackageError(package, feature, extra)
+@contextlib.contextmanager
+def _whole(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to write into, whose content is put into `out` when it is complete."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=".", dir=out)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
+    with scratch as folder:
+        new, old = Path(folder) / "new", Path(folder) / "old"
+        new.mkdir()
+        old.mkdir()
+        yield new
+        if not overwrite:  # it may have come meanwhile
+            _check_free(out)
+        for path in sorted(new.iterdir()):
+            # Moved away first: a folder, or a link to one, cannot be replaced.
+            if os.path.lexists(out / path.name):
+                os.rename(out / path.name, old / path.name)
+            os.rename(path, out / path.name)
 
 
 def _analyse(config: PositionsConfig) -> None:
@@ -284,39 +276,36 @@ def _analyse(config: PositionsConfig) -> None:
 
     text = _text(config)
     plots.import_pyplot(figures.FEATURE)
-    _need("plotly", "the page", "plots")
+    if importlib.util.find_spec("plotly") is None:
+        raise MissingPackageError("plotly", "the page", "plots")
     sources = _sources(config)
     for source in sources:
-        _check_text(text, source)
+        _check_ids(source.tokenizer.encode(text), source.name, source.config)
     _check_layers(config.layers or (), sources)
     out = _out(config, [source.name for source in sources])
 
     readings, report = [], Report()
-    measured = ("needle_length", "prompts", "chunk", "eps", "seed")
-    options = {name: getattr(config, name) for name in measured}
-    for source in sources:
-        print(f"{source.name}: loading, reading, measuring", file=sys.stderr)
-        model, params, _ = load(source)
-        arguments = (model, params, source.tokenizer, text)
-        try:
-            reading, rows = analyse(
-                *arguments, name=source.name, labelled=source.labelled, **options
-            )
-        except ConfigError:
-            raise
-        except ValueError as error:
-            raise ConfigError(f"{source.name}: {error}") from None
-        readings.append(reading)
-        report += rows
-        del model, params, arguments  # one at a time is in memory
-    print("drawing", file=sys.stderr)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        made = Path(folder) / "made"
+    options = {name: getattr(config, name) for name in ("prompts", "chunk", "eps", "seed")}
+    with _whole(out, config.overwrite) as made:
+        for source in sources:
+            print(f"{source.name}: loading, reading, measuring", file=sys.stderr)
+            model, params, _ = load(source)
+            arguments = (model, params, source.tokenizer, text)
+            try:
+                reading, rows = analyse(
+                    *arguments, name=source.name, labelled=source.labelled, **options
+                )
+            except ConfigError:
+                raise
+            except ValueError as error:
+                raise ConfigError(f"{source.name}: {error}") from None
+            readings.append(reading)
+            report += rows
+            del model, params, arguments  # one at a time is in memory
+        print("drawing", file=sys.stderr)
         report.write(made)
         drawn = figures.draw_all(readings, report, made / "figures", layers=config.layers)
         write_page(made / "page.html", readings)
-        _replace(out, made)
     for reading in readings:
         print(table(reading, report), end="\n\n")
     print(f"{out}/page.html: to explore in a browser")
@@ -325,17 +314,15 @@ def _analyse(config: PositionsConfig) -> None:
 
 
 def _serve(config: PositionsConfig) -> None:
-    from repo_jax.analysis.page.server import Served, serve
+    from repo_jax.analysis.page import Served, listen, serve
 
-    _need("plotly", "the page", "plots")
-    for package in ("starlette", "uvicorn"):
-        _need(package, "the live page", "serve")
-    models = []
-    for source in _sources(config):
-        print(f"{source.name}: loading", file=sys.stderr)
-        model, params, _ = load(source)
-        models.append(Served(source.name, model, params, source.tokenizer))
-    serve(models, host=config.host, port=config.port)
+    with listen(config.host, config.port) as listening:
+        models = []
+        for source in _sources(config):
+            print(f"{source.name}: loading", file=sys.stderr)
+            model, params, _ = load(source)
+            models.append(Served(source.name, model, params, source.tokenizer))
+        serve(models, listening, host=config.host)
 
 
 def table(reading: Reading, report: Report) -> str:

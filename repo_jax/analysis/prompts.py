@@ -164,6 +164,10 @@ def _labelled_of(prompt: Any, tokenizer: Tokenizer) -> Labelled:
     if not isinstance(text, str):
         raise ConfigError(f"text is {text!r}; it must be a string")
     span = lambda x: isinstance(x, list) and len(x) == 2 and all(type(i) is int for i in x)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("text has half of a surrogate pair, which is no character") from None
     if not span(queries):
         raise ConfigError(f"queries is {queries!r}; it must be a span, [first, one past the last]")
     if not isinstance(parts, dict) or not parts:

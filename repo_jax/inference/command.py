@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from repo_jax import cli
 from repo_jax.config import RopeScaling
@@ -94,7 +93,7 @@ def _prompts(config: GenerateConfig) -> Iterator[str]:
     if config.prompt is not None:
         yield config.prompt
     elif config.prompt_file is not None:
-        yield _read(config.prompt_file)
+        yield cli.read_text("--prompt_file", config.prompt_file)
     else:
         shown = "> " if sys.stdin.isatty() else ""
         while True:
@@ -104,16 +103,6 @@ def _prompts(config: GenerateConfig) -> Iterator[str]:
                 return
             if line.strip():
                 yield line.rstrip("\n")
-
-
-def _read(path: str) -> str:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompt_file {path} cannot be read as text: {error}") from None
-    if not text:
-        raise ConfigError(f"--prompt_file {path} is empty; it must have at least one character")
-    return text
 
 
 def _continue(generator: Generator, tokenizer: Tokenizer, prompt: str, config) -> None:

@@ -31,14 +31,6 @@ TEXT = "A table is a list of rows. " * 5
 SHAPE = dict(vocab_size=257, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=48)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fast_compilation():
-    """Programs here run once, so that compiling them is what takes time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def make(*kinds):
     config = DecoderConfig(**SHAPE, init_std=0.2, positions=PositionConfig(layers=kinds))

@@ -16,15 +16,6 @@ from repo_jax.modeling import DecoderBlock, RePoLM, init_params
 from repo_jax.modeling.cache import split_layers
 from repo_jax.modeling.rope import rotary_frequencies
 
-
-@pytest.fixture(autouse=True, scope="module")
-def fast_compilation():
-    """Programs here run once, so that compiling them is what takes time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 SHAPE = dict(vocab_size=64, d_model=32, n_layers=3, n_heads=4, d_ff=48, init_std=0.25)
 YARN = RopeScaling(factor=4.0, original_length=16)
 KINDS = {

@@ -11,8 +11,8 @@ import pytest
 
 import repo_jax
 from repo_jax import cli
-from repo_jax.analysis import Reading, Report, command, needle_prompt, read_report
-from repo_jax.analysis.page import build, server
+from repo_jax.analysis import Reading, Report, command, needle_prompt, page, read_report
+from repo_jax.analysis.page import build
 from repo_jax.analysis.records import CorrelationRow, MassRow, PatternRow, RangeRow
 from repo_jax.config import DecoderConfig, PositionConfig, RopeScaling
 from repo_jax.data import byte_tokenizer, train_bpe
@@ -83,10 +83,7 @@ def test_a_run_is_analysed_into_its_folder(folder, capsys):
     assert {row.tokens for row in report.correlations} == {len(TEXT)}
     drawn = {f"figures/{name}{suffix}" for name in FIGURES for suffix in (".png", ".svg")}
     tables = {f"{name}.csv" for name in command.TABLES}
-    assert files(out).keys() == {
-        *(*drawn, *tables, "report.json", "page.html"),
-        command._WRITTEN,
-    }
+    assert files(out).keys() == {*drawn, *tables, "report.json", "page.html"}
     assert "<html" in (out / "page.html").read_text()[:1000]
     model, params = repo_jax.load_run(folder / "run")
     z = repo_jax.analysis.read(model, params, byte_tokenizer(), TEXT).positions
@@ -149,59 +146,60 @@ def test_labelled_texts_take_the_place_of_needle_prompts(folder, undrawn, tmp_pa
     assert {row.part for row in read_report(tmp_path / "out").masses} >= {"secret", "all else"}
 
 
-def test_its_own_files_are_replaced_and_no_others(folder, pages, tmp_path, capsys):
-    out = tmp_path / "out"
-    again = lambda text: run(folder, "--run", "{folder}/run", "--text", text, "--out", str(out))
-    again("no chunk")
+def test_an_analysis_is_replaced_when_asked_and_nothing_else(folder, pages, tmp_path):
+    out, theirs = tmp_path / "out", tmp_path / "theirs"
+    again = lambda text, *more: run(
+        folder, "--run", "{folder}/run", "--text", text, "--out", str(out), *more
+    )
+    again(TEXT)
     first = files(out)
     (out / "notes.md").write_text("mine")
-    (out / "old.csv").write_text("mine, too")
-    again(TEXT)
+    with pytest.raises(command.ConfigError, match=r"has report.json already; name another folder"):
+        again("no chunk")
+    assert files(out) == first | {"notes.md": b"mine"}
+    theirs.mkdir()
+    (theirs / "ranges.png").write_text("theirs")
+    (out / "figures").rename(tmp_path / "kept")
+    (out / "figures").symlink_to(theirs)
+    again("no chunk", "--overwrite")
     second = files(out)
     assert second.pop("notes.md") == b"mine"
-    assert second.pop("old.csv") == b"mine, too"
-    assert "figures/patterns.png" in second.keys() - first.keys()
-    assert read_report(out).correlations[0].tokens == len(TEXT)
-    again("no chunk")
-    assert files(out).keys() - {"notes.md", "old.csv"} == first.keys()
-
-    (out / "figures" / "ranges.svg").write_text("edited by hand")
-    before = files(out)
-    with pytest.raises(command.ConfigError, match=r"has figures/ranges.svg, which this command"):
-        again(TEXT)
-    assert files(out) == before
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "page.html").write_text("a page of mine")
-    with pytest.raises(command.ConfigError, match=r"has page.html, which this command did not"):
-        run(folder, "--run", "{folder}/run", "--text", TEXT, "--out", str(other))
-    assert files(other) == {"page.html": b"a page of mine"}
+    assert first.keys() - second.keys() == {"figures/patterns.png", "figures/patterns.svg"}
+    assert read_report(out).correlations[0].tokens == len("no chunk")
+    assert files(theirs) == {"ranges.png": b"theirs"}
+    assert {path.name for path in out.iterdir()} == {*command._NAMES, "notes.md"}
 
 
 def test_a_file_made_meanwhile_is_kept(folder, undrawn, monkeypatch, tmp_path):
     out = tmp_path / "out"
-
-    def write_page(path, readings):
-        out.mkdir()
-        (out / "report.json").write_text("somebody's")
-
-    monkeypatch.setattr(build, "write_page", write_page)
-    with pytest.raises(command.ConfigError, match=r"has report.json, which this command"):
+    monkeypatch.setattr(
+        build, "write_page", lambda path, readings: (out / "report.json").write_text("somebody's")
+    )
+    with pytest.raises(command.ConfigError, match=r"has report.json already"):
         run(folder, "--run", "{folder}/run", "--text", TEXT, "--out", str(out))
     assert files(tmp_path) == {"out/report.json": b"somebody's"}
 
 
 def test_serve_hands_over_loaded_models(folder, monkeypatch):
     served = []
-    monkeypatch.setattr(server, "serve", lambda models, **where: served.append((models, where)))
+    monkeypatch.setattr(page, "serve", lambda *given, **where: served.append((*given, where)))
     models = ["--run", "{folder}/run", "--model", "{folder}/rope"]
-    run(folder, *models, "--serve", "true", "--port", "8123")
-    (((ours, theirs), where),) = served
-    assert where == {"host": "127.0.0.1", "port": 8123}
+    run(folder, *models, "--serve", "--port", "0")
+    (((ours, theirs), listening, where),) = served
+    assert where == {"host": "127.0.0.1"}
+    assert listening.fileno() == -1  # closed with the command
     assert (ours.name, theirs.name) == ("run", "rope")
     reading = repo_jax.analysis.read(ours.model, ours.params, ours.tokenizer, TEXT)
     assert reading.positions.shape == (2, 2, len(TEXT))
     assert theirs.model.config.kinds == ("rope",) * 3
+
+
+def test_a_port_in_use_is_told_before_a_model_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr(command, "load", lambda source: pytest.fail("loaded"))
+    with page.listen(port=0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(command.ConfigError, match=f"--port {port} is in use on 127.0.0.1"):
+            run(folder, "--run", "{folder}/run", "--serve", "--port", str(port))
 
 
 MISTAKES = [
@@ -259,6 +257,16 @@ MISTAKES = [
         ["--run", "{folder}/run", "--layers", "[0, 2]", "--text", "a"],
         "--layers has 2; it must be 0 to 1",
     ),
+    (
+        ["--run", "{folder}/run", "--text", "a", "--needle_length", "9", "--prompts", "1"],
+        "a needle prompt of 9 tokens is asked for; without filler it has ",
+    ),
+    (["--run", "{folder}/run", "--text", "a\udcff"], "--text has bytes that are not UTF-8"),
+    (["--run", "{folder}/run", "--text", "a", "--name", ".."], "--name is '..'; it must have a"),
+    (
+        ["--run", "{folder}/run", "--text", "a", "--name", "[50, 250]"],
+        "--name has 2 entries for 1 models; give 1",
+    ),
     (["--run", "{folder}/run", "--text", "a", "--chunk", "0"], "--chunk is 0; it must be 1 or"),
     (["--run", "{folder}/run", "--text", "a", "--eps", "-1"], "--eps is -1.0; it must be 0 or"),
     (["--run", "{folder}/run", "--serve", "true", "--port", "99999"], "--port is 99999; it must"),
@@ -292,7 +300,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(
     [
         ("matplotlib", ["--text", "a"], "plots"),
         ("plotly", ["--text", "a"], "plots"),
-        ("plotly", ["--serve", "true"], "plots"),
+        ("plotly", ["--serve", "true"], "serve"),
         ("starlette", ["--serve", "true"], "serve"),
         ("uvicorn", ["--serve", "true"], "serve"),
     ],

@@ -7,6 +7,7 @@
 
 const NEAREST = 10; // tokens nearest in z that are shown
 const BESIDE = 5; // neighbours in the text, on each side
+const BEYOND = "beyond what this model read";
 const MANY = 3000; // tokens beyond which points are drawn with WebGL
 const CHUNK = 300; // tokens of the text that are laid out together
 const LONGEST_LINK = 6000; // characters of a text packed into a link
@@ -23,6 +24,7 @@ const limits = { max_characters: Infinity };
 let models = []; // {name, kinds, heads} of what can be chosen
 let readings = new Map(); // name -> Reading, all of `text`
 let text = "";
+let packed = ""; // `text` for the address; empty where it is too long for one
 let live = false;
 
 // ---------------------------------------------------------------- readings
@@ -62,8 +64,9 @@ class Reading {
     return this.spans[2 * token + 1];
   }
 
-  /** The token that stands for the character at `offset`, or the next one that does. */
+  /** The token that stands for the character at `offset`, or the next; null past the last. */
   at(offset) {
+    if (offset >= this.end(this.count - 1)) return null;
     let low = 0;
     let high = this.count - 1;
     while (low < high) {
@@ -389,7 +392,8 @@ class Panel {
   /** Panels of the same tokens look at the same ones. */
   zoomOther() {
     const other = panels.find((panel) => panel !== this);
-    if (!other || other.plot.hidden || !other.reading.splitsLike(this.reading)) return;
+    if (!other || this.plot.hidden || other.plot.hidden) return;
+    if (!other.reading.splitsLike(this.reading)) return;
     const range = this.plot.layout.xaxis.range;
     const theirs = other.plot.layout.xaxis.range;
     if (range.every((x, i) => x === theirs[i])) return;
@@ -492,7 +496,8 @@ class Panel {
     const reading = this.reading;
     const tokens = this.nearestTokens();
     if (tokens.length === 0) {
-      this.nearest.replaceChildren();
+      const beyond = reading && state.token !== null && tokenIn(reading) === null;
+      this.nearest.textContent = beyond ? `The selected token is ${BEYOND}.` : "";
       return;
     }
     const z = reading.z(this.chosen.layer, this.chosen.head);
@@ -581,6 +586,7 @@ function drawText() {
   marked = [];
   if (!reading) return;
   const mark = (token, name) => {
+    if (token === null) return;
     shown[token].classList.add(name);
     marked.push(shown[token]);
   };
@@ -653,7 +659,7 @@ function reveal(token) {
 
 // ---------------------------------------------------------------- selection
 
-/** A token of one reading, in another of the same text. */
+/** A token of one reading, in another of the same text; null where that ends before it. */
 function moved(token, from, to) {
   return from === to || from.splitsLike(to) ? token : to.at(from.start(token));
 }
@@ -665,7 +671,14 @@ function tokenIn(reading) {
 }
 
 function select(token, reading) {
-  state.token = token === null ? null : moved(token, reading, panels[0].reading);
+  const first = panels[0].reading;
+  if (!first) return;
+  const chosen = token === null ? null : moved(token, reading, first);
+  if (token !== null && chosen === null) {
+    $("chosen").textContent = `Token ${token} is beyond what ${first.name} read.`;
+    return;
+  }
+  state.token = chosen;
   update();
 }
 
@@ -725,7 +738,9 @@ function selectionIn(panel) {
   const z = panel.reading.z(layer, head);
   const whose = panels.length > 1 ? `${model} ` : "";
   if (z === null) return `${whose}has no positions in layer ${layer}`;
-  return `${whose}z ${number(z[tokenIn(panel.reading)])} in layer ${layer}, head ${head}`;
+  const token = tokenIn(panel.reading);
+  if (token === null) return `${whose}none: ${BEYOND}`;
+  return `${whose}z ${number(z[token])} in layer ${layer}, head ${head}`;
 }
 
 // ---------------------------------------------------------------- everything
@@ -788,6 +803,7 @@ function fragment() {
   values.set("view", state.view);
   values.set("by", state.by);
   if (state.token !== null) values.set("token", state.token);
+  if (packed) values.set("text", packed);
   return values.toString();
 }
 
@@ -813,13 +829,9 @@ function restore(values) {
 }
 
 async function share() {
-  let link = location.href.split("#")[0] + `#${fragment()}`;
-  let words = "Link copied.";
-  if (live && text) {
-    const packed = await pack(text);
-    if (packed.length <= LONGEST_LINK) link += `&text=${packed}`;
-    else words = "Link copied, without the text, which is too long for a link.";
-  }
+  const link = location.href;
+  const whole = !live || !text || packed;
+  const words = `Link copied${whole ? "" : ", without the text, which is too long for a link"}.`;
   try {
     await navigator.clipboard.writeText(link);
     say(words);
@@ -861,31 +873,43 @@ async function unpack(packed) {
 // ---------------------------------------------------------------- live
 
 let abort = null; // of the request under way
+let asked = { text: "", token: null }; // what to show once it is read: `text`, or one to come
 
-async function readText(words) {
-  text = words;
-  readings = new Map();
-  state.token = null;
+async function readText(words, token = null) {
+  asked = { text: words, token };
   await readMissing();
 }
 
-/** Has the chosen models read the text, those that have not. */
+/** Has the chosen models read what is asked for, those that have not. */
 async function readMissing() {
   abort?.abort();
   const mine = (abort = new AbortController());
   $("stop").hidden = false;
+  const { text: words, token } = asked;
+  const isMissing = ({ model }) => words !== text || !readings.has(model);
   try {
-    for (const { model } of [...state.panels]) {
-      if (readings.has(model)) continue;
-      const sent = await request(model, mine.signal);
-      readings.set(model, new Reading(sent));
+    const link = await pack(words);
+    let panel;
+    while ((panel = state.panels.find(isMissing))) {
+      const { model } = panel; // which may change while it reads
+      const reading = new Reading(await request(model, words, mine.signal));
+      if (words !== text) {
+        text = words;
+        packed = link.length <= LONGEST_LINK ? link : "";
+        readings = new Map();
+        state.token = token;
+      }
+      readings.set(model, reading);
       $("view").hidden = false;
       fit();
       update();
     }
     say("");
   } catch (error) {
-    if (abort === mine) say(error.name === "AbortError" ? "Stopped." : error.message, "error");
+    if (abort === mine) {
+      asked = { text, token: null };
+      say(error.name === "AbortError" ? "Stopped." : error.message, "error");
+    }
   } finally {
     if (abort === mine) {
       abort = null;
@@ -894,9 +918,9 @@ async function readMissing() {
   }
 }
 
-async function request(model, signal) {
+async function request(model, words, signal) {
   say(`Asking ${model} …`);
-  const body = JSON.stringify({ text, model });
+  const body = JSON.stringify({ text: words, model });
   const headers = { "Content-Type": "application/json" };
   const response = await fetch("api/read", { method: "POST", headers, body, signal }).catch(
     (error) => {
@@ -1007,7 +1031,6 @@ async function startLive(values) {
   $("ask").hidden = false;
   $("about").textContent = models.map(({ name }) => name).join(", ");
   restore(values);
-  const token = state.token;
   if (!values.get("text")) {
     showLength();
     say("Nothing is read yet. Give a text to see where each layer and head puts its tokens.");
@@ -1020,9 +1043,7 @@ async function startLive(values) {
     return;
   }
   showLength();
-  text = $("text").value;
-  state.token = token;
-  await readMissing();
+  await readText($("text").value, state.token);
 }
 
 function listenToControls() {
@@ -1059,7 +1080,10 @@ function listenToControls() {
   addEventListener("hashchange", () => {
     if (models.length === 0) return;
     const values = new URLSearchParams(location.hash.slice(1));
-    if (live && values.has("text")) location.reload();
+    if (live && values.has("text") && values.get("text") !== packed) {
+      location.reload();
+      return;
+    }
     restore(values);
     if (readings.size) update();
     if (live && text) readMissing();

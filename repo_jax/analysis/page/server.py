@@ -1,10 +1,12 @@
 """The page live: a small server that reads texts, one at a time, in order of arrival."""
 
 import asyncio
+import contextlib
 import dataclasses
 import errno
 import functools
 import gzip
+import importlib.util
 import json
 import logging
 import socket
@@ -38,49 +40,19 @@ class Served:
     tokenizer: Tokenizer
 
 
-def serve(
-    models: Sequence[Served],
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    max_characters: int = 200_000,
-    max_tokens: int = 20_000,
-    queue: int = 32,
-) -> None:
-    """Serves the page until Ctrl-C; a reading under way is finished first.
+def listen(host: str = "127.0.0.1", port: int = 8000) -> socket.socket:
+    """Takes the port for `serve`; requests wait until that answers.
 
     Args:
-      models: at least one, of different names.
-      host: what to listen on. On this machine's own address (the default) only requests that
-        ask for it by that name are answered; any other address can be reached from elsewhere,
-        and there is no password.
+      host: whom to listen to. This machine's own address (the default) cannot be reached from
+        elsewhere; any other can, and there is no password.
       port: 0 takes a free one.
-      max_characters, max_tokens, queue: as in `create_app`.
 
     Raises:
-      ConfigError: nothing can listen there, or the models do not go together.
+      ConfigError: nothing can listen there.
+      MissingPackageError: a package that `serve` needs is not installed.
     """
-    hosts = _LOCAL if host in _LOCAL else None
-    app = create_app(
-        models, max_characters=max_characters, max_tokens=max_tokens, queue=queue, hosts=hosts
-    )
-    import uvicorn
-
-    listening = _listen(host, port)
-    shown = f"[{host}]" if ":" in host else host
-    print(f"serving on http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends it)", flush=True)
-    if hosts is None:
-        print("anyone who can reach this address can use it", flush=True)
-    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-    try:
-        uvicorn.Server(settings).run(sockets=[listening])
-    except KeyboardInterrupt:  # uvicorn raises the signal again once all is closed
-        pass
-    finally:
-        listening.close()
-
-
-def _listen(host: str, port: int) -> socket.socket:
+    _check_packages()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -92,6 +64,52 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError(
             f"--host {host} --port {port} cannot be listened on: {error.strerror}"
         ) from None
+
+
+def _check_packages() -> None:
+    for package in ("plotly", "starlette", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingPackageError(package, "the live page", "serve")
+
+
+def serve(
+    models: Sequence[Served],
+    listening: socket.socket,
+    *,
+    host: str,
+    max_characters: int = 200_000,
+    max_tokens: int = 20_000,
+    queue: int = 32,
+) -> None:
+    """Serves the page until Ctrl-C; a reading under way is finished first.
+
+    Args:
+      models: at least one, of different names.
+      listening: from `listen`; closed at the end.
+      host: as given to `listen`. On this machine's own address only requests that ask for it by
+        that name are answered.
+      max_characters, max_tokens, queue: as in `create_app`.
+
+    Raises:
+      ConfigError: the models do not go together.
+      MissingPackageError: starlette, uvicorn or plotly is not installed.
+    """
+    hosts = _LOCAL if host in _LOCAL else None
+    with listening:
+        app = create_app(
+            models, max_characters=max_characters, max_tokens=max_tokens, queue=queue, hosts=hosts
+        )
+        import uvicorn
+
+        shown = f"[{host}]" if ":" in host else host
+        port = listening.getsockname()[1]
+        print(f"serving on http://{shown}:{port} (Ctrl-C ends it)", flush=True)
+        if hosts is None:
+            print("anyone who can reach this address can use it", flush=True)
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+        # uvicorn raises the signal again once all is closed.
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(settings).run(sockets=[listening])
 
 
 def create_app(
@@ -122,24 +140,27 @@ def create_app(
       ConfigError: the models do not go together.
       MissingPackageError: starlette, uvicorn or plotly is not installed.
     """
-    try:
-        import starlette.applications
-        import uvicorn  # noqa: F401
-        from starlette.exceptions import HTTPException
-        from starlette.routing import Route
-    except ImportError as error:
-        raise MissingPackageError(error.name, "the live page", "serve") from None
+    _check_packages()
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+    from starlette.routing import Route
+
     if not models:
         raise ConfigError("there are no models to serve; give at least one")
     check_names([served.name for served in models])
     handlers = _Handlers(models, max_characters, max_tokens, _Turns(queue))
-    app = starlette.applications.Starlette(
+    app = Starlette(
         routes=[
             Route("/", handlers.page),
             Route("/api/models", handlers.models),
             Route("/api/read", handlers.read, methods=["POST"]),
         ],
-        exception_handlers={HTTPException: _refusal, Exception: _failure},
+        exception_handlers={
+            HTTPException: _refusal,
+            ClientDisconnect: _goodbye,
+            Exception: _failure,
+        },
     )
     return _Guard(app, hosts)
 
@@ -207,10 +228,14 @@ class _Handlers:
         from starlette.concurrency import run_in_threadpool
 
         text, served = self._asked(await self._body(request))
-        text, total = await run_in_threadpool(self._beginning, text, served)
         ticket = self._turns.join()
         if ticket is None:
             _refuse(503, "too many texts wait to be read; try again in a while")
+        try:
+            text, total = await run_in_threadpool(self._beginning, text, served)
+        except BaseException:
+            self._turns.leave(ticket)
+            raise
         work = functools.partial(self._result, text, total, served)
         return _streaming(self._answer(ticket, work), lambda: self._turns.leave(ticket))
 
@@ -313,6 +338,12 @@ def _refusal(request, error):
     }
     sentence = sentences.get(error.detail, error.detail)
     return JSONResponse({"error": sentence}, error.status_code, headers=error.headers)
+
+
+def _goodbye(request, error):
+    from starlette.responses import Response
+
+    return Response(status_code=400)  # sent to nobody
 
 
 def _failure(request, error):

@@ -96,6 +96,11 @@ class Page:
     def click_point(self, token, panel=0):
         self.click(*self.place(token, panel))
 
+    def hover_point(self, token, panel=0):
+        x, y = self.place(token, panel)
+        self.command("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        self.wait(f"$('tip').textContent.includes('token {token}\\n')")
+
     def place(self, token, panel=0):
         """Where a token's point is on the screen."""
         return self.js(
@@ -140,11 +145,15 @@ class Page:
         return [e["message"] for e in self.driver.get_log("browser") if e["level"] == "SEVERE"]
 
 
+def lacks(what):
+    """Skips a test, but `make test-browser` is there to run it."""
+    (pytest.fail if os.environ.get("REPO_JAX_NEEDS_BROWSER") else pytest.skip)(what)
+
+
 @pytest.fixture(scope="module")
 def browser():
     if not (CHROMIUM and DRIVER):
-        # `make test-browser` is there to run these tests.
-        (pytest.fail if os.environ.get("REPO_JAX_NEEDS_BROWSER") else pytest.skip)(MISSING)
+        lacks(MISSING)
     page = Page()
     yield page
     page.driver.quit()
@@ -239,9 +248,7 @@ def test_nothing_in_the_text_is_html(page, tmp_path):
     name = "<img src=x onerror=alert(4)>"
     page.open(write(tmp_path, hand_made([range(9)], text, spans=spans, name=name)))
     for token, piece in enumerate(pieces[:-1]):
-        x, y = page.place(token)
-        page.command("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-        page.wait(f"$('tip').textContent.includes('token {token}\\n')")
+        page.hover_point(token)
         shown = piece.replace(" ", "·").replace("\n", "↵")
         assert page.js("$('tip').textContent").startswith(shown[:40])
         page.click_on(f"#tokens [data-token='{token}']")
@@ -306,6 +313,28 @@ def test_models_that_split_the_text_differently(page, tmp_path):
     assert (page.drawn(3, 0), page.drawn(3, 1)) == ([7], [3])
     page.click_on(".panel:nth-child(2) .nearest button")
     assert page.drawn(3, 0) == [2 * page.drawn(3, 1)[0]]
+
+
+def test_models_that_read_to_different_ends(page, tmp_path):
+    pairs = np.stack([np.arange(0, 20, 2), np.arange(2, 21, 2)], 1)
+    fine, coarse = (
+        hand_made([range(20)], name="fine"),
+        hand_made([range(10)], "x" * 20, spans=pairs, name="coarse"),
+    )
+    write_page(tmp_path / "page.html", [fine, coarse], max_tokens=10)
+    file = (tmp_path / "page.html").as_uri()
+    page.open(f"{file}#model=coarse&model1=fine&token=7")
+    assert (page.drawn(3, 0), page.drawn(3, 1), page.drawn(2, 1)) == ([7], [], [])
+    beyond = "beyond what this model read"
+    assert f"fine none: {beyond}" in page.js("$('chosen').textContent")
+    assert beyond in page.js("panels[1].nearest.textContent")
+    page.open(f"{file}#model=fine&model1=coarse&token=9")
+    assert (page.drawn(3, 0), page.drawn(3, 1)) == ([9], [4])
+    near = [token for token in page.drawn(2, 1) if token < 5]
+    assert page.tokens("near-other") == sorted(2 * token for token in near)
+    page.click_point(7, panel=1)
+    page.wait("$('chosen').textContent === 'Token 7 is beyond what fine read.'")
+    assert page.tokens("selected") == [9]
 
 
 def test_keyboard_alone(page, file, readings):
@@ -374,14 +403,16 @@ def test_a_link_restores_the_view(page, file):
 
 @pytest.mark.parametrize("webgl", [True, False])
 def test_many_points(page, tmp_path, webgl):
-    """With WebGL where there is any."""
+    """With WebGL and without."""
     without = "HTMLCanvasElement.prototype.getContext = () => null"
     if not webgl:
         script = page.command("Page.addScriptToEvaluateOnNewDocument", source=without)
     try:
         page.open(write(tmp_path, hand_made(np.random.default_rng(0).normal(size=(1, 3200)))))
+        if webgl and not page.js("WEBGL"):
+            lacks("Chromium has no WebGL here")
         kind = page.js("panels[0].plot.data[0].type")
-        assert kind == ("scattergl" if webgl and page.js("WEBGL") else "scatter")
+        assert kind == ("scattergl" if webgl else "scatter")
         assert len(page.z()) == 3200
         assert page.js("document.querySelector('.no-webgl')") is None
         page.click_on("#tokens [data-token='100']")
@@ -438,6 +469,22 @@ def test_100_000_characters_are_pasted(page, live):
     page.click_on("#read")
     page.wait("$('status').textContent.includes('up to 120,000')")
     assert all("413" in error for error in page.errors())  # as Chromium notes a refusal
+    still_works(page, text)
+
+
+def still_works(page, text):
+    """Someone looks around in a text whose tokens are its characters, while it is shown."""
+    count = min(len(text), MAX_TOKENS)
+    page.click_on("[name=view][value=global]")
+    assert page.js("panels[0].plot.checkVisibility()")
+    assert len(page.z()) == page.js("shown.length") == count
+    page.click_on("#tokens [data-token='3']")
+    page.click_on("#next")
+    assert page.drawn(3) == page.tokens("selected") == [4]
+    assert page.js("$('chosen').querySelector('b').textContent") == text[4]
+    page.hover_point(4)
+    assert page.js("$('tip').textContent").startswith(f"{text[4]}\n")
+    page.click_on("[name=view][value=focus]")
 
 
 def test_a_live_link_has_the_text(page, live):
@@ -451,10 +498,16 @@ def test_a_live_link_has_the_text(page, live):
     page.click_on("#share")
     page.wait("window.copied")
     link = page.js("window.copied")
+    assert link == page.js("location.href")
     page.open(link)
     page.wait("readings.size === 1")
     assert page.js("text") == TEXT
     assert (page.js("state.panels[0].head"), page.drawn(3)) == (1, [11])
+    assert page.js("location.href") == link
+    page.click_on("#tokens [data-token='12']")
+    page.driver.refresh()
+    page.wait("readings.size === 1")
+    assert (page.js("text"), page.drawn(3)) == (TEXT, [12])
     incompressible = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9000, 3400)))
     paste(page, incompressible)
     page.click_on("#read")
@@ -463,6 +516,37 @@ def test_a_live_link_has_the_text(page, live):
     page.click_on("#share")
     page.wait("$('status').textContent.includes('too long for a link')")
     assert "text" not in urllib.parse.parse_qs(urllib.parse.urlsplit(page.js("copied")).fragment)
+    assert page.js("copied === location.href")
+    page.run("window.before = true; location.href = arguments[0]", link)
+    page.wait("!window.before && readings.size === 1")
+    assert (page.js("text"), page.js("location.href")) == (TEXT, link)
+
+
+def test_a_text_stays_until_the_next_is_read(page, live, models, gate):
+    first, second = TEXT, f"holds {TEXT}"
+    page.open(live)
+    paste(page, first)
+    page.click_on("#read")
+    page.wait("readings.size === 1")
+    paste(page, second)
+    page.click_on("#read")
+    page.wait("$('status').textContent.includes('small is reading')")
+    still_works(page, first)
+    address = page.js("location.href")
+    page.click_on("#stop")
+    page.wait("$('status').textContent === 'Stopped.'")
+    still_works(page, first)
+    page.click_on("#read")
+    page.wait("$('stop').checkVisibility()")
+    page.choose(".model", "other")  # has read neither
+    gate.opened.set()
+    page.wait("panels[0].reading && $('stop').hidden")
+    assert page.js("[text, state.token]") == [second, None]
+    page.choose(".layer", 2)
+    expected = reading_of(models[1], second)
+    np.testing.assert_array_equal(np.float32(page.z()), expected.positions[2, 0])
+    assert page.js("location.href") != address
+    still_works(page, second)
 
 
 def test_a_waiting_text_shows_its_place(page, live, port, gate):

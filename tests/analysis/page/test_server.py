@@ -1,7 +1,9 @@
 """The live page's server, asked over real sockets."""
 
+import asyncio
 import base64
 import concurrent.futures
+import dataclasses
 import http.client
 import json
 import os
@@ -15,7 +17,7 @@ import time
 import numpy as np
 import pytest
 
-from repo_jax.analysis.page import serve
+from repo_jax.analysis.page import listen, serve
 from repo_jax.analysis.page.server import create_app
 from repo_jax.errors import ConfigError, MissingPackageError
 from tests.analysis.page.conftest import (
@@ -26,6 +28,8 @@ from tests.analysis.page.conftest import (
     reading_of,
     running,
 )
+
+TEXT = {"text": "x", "model": "small"}
 
 
 def ask(port, method="GET", path="/api/read", body=None, headers=JSON):
@@ -100,6 +104,63 @@ def test_a_full_queue_says_so(models, gate):
         assert events(port, "x")[-1]["state"] == "done"
 
 
+class Slow:
+    """A tokenizer that holds back the first text it gets."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.begun, self.opened = threading.Event(), threading.Event()
+
+    def encode_with_spans(self, text):
+        if not self.begun.is_set():
+            self.begun.set()
+            assert self.opened.wait(60)
+        return self.tokenizer.encode_with_spans(text)
+
+
+@pytest.fixture
+def slow(models):
+    tokenizer = Slow(models[0].tokenizer)
+    yield dataclasses.replace(models[0], tokenizer=tokenizer)
+    tokenizer.opened.set()
+
+
+@pytest.mark.parametrize("text", ["x", ""])
+def test_a_text_has_its_place_while_its_tokens_are_found(slow, text):
+    with (
+        running(create_app([slow], queue=2)) as port,
+        concurrent.futures.ThreadPoolExecutor(1) as threads,
+    ):
+        first = threads.submit(post, port, TEXT | {"text": text})
+        assert slow.tokenizer.begun.wait(60)
+        _, second = begun(port, "later")
+        assert json.loads(second.readline()) == {"state": "queued", "place": 1}
+        assert post(port, TEXT)[0] == 503
+        slow.tokenizer.opened.set()
+        assert first.result()[0] == (200 if text else 422)
+        assert json.loads(second.read().splitlines()[-1])["state"] == "done"
+        assert events(port, "x")[-1]["state"] == "done"
+
+
+def test_who_hangs_up_while_sending_is_let_go(models):
+    """Nothing is raised, which the server would log."""
+    received = [
+        {"type": "http.request", "body": b'{"text": ', "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive():
+        return received.pop(0)
+
+    async def send(message):
+        pass
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/api/read", "headers": headers}
+    asyncio.run(create_app(models)(scope, receive, send))
+    assert received == []
+
+
 def test_a_failure_is_told_and_the_next_is_read(port, gate):
     gate.opened.set()
     failed = events(port, "fail")[-1]
@@ -108,7 +169,6 @@ def test_a_failure_is_told_and_the_next_is_read(port, gate):
     assert events(port, "text")[-1]["state"] == "done"
 
 
-TEXT = {"text": "x", "model": "small"}
 BAD = {
     "not JSON": (400, b"{", "not JSON"),
     "too deep": (400, b"[" * 200_000, "not JSON"),
@@ -206,15 +266,15 @@ def test_a_long_text_is_read_from_its_beginning(port, models):
     np.testing.assert_array_equal(positions, expected.ravel())
 
 
-def test_a_port_in_use_is_one_sentence(models):
+def test_a_port_in_use_is_one_sentence():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"--port {port} is in use on 127\.0\.0\.1"):
-            serve(models, port=port)
+            listen(port=port)
     with pytest.raises(ConfigError, match="--port is 70000"):
-        serve(models, port=70_000)
+        listen(port=70_000)
     with pytest.raises(ConfigError, match=r"--host 203\.0\.113\.1 --port 0 cannot"):
-        serve(models, host="203.0.113.1", port=0)
+        listen("203.0.113.1", 0)
 
 
 def test_models_that_do_not_go_together(models):
@@ -224,10 +284,12 @@ def test_models_that_do_not_go_together(models):
         create_app([models[0], models[0]])
 
 
-def test_starlette_missing(models, monkeypatch):
-    monkeypatch.setitem(sys.modules, "starlette.applications", None)
-    with pytest.raises(MissingPackageError, match=r"repo-jax\[serve\]"):
-        create_app(models)
+@pytest.mark.parametrize("package", ["plotly", "starlette", "uvicorn"])
+def test_a_missing_package_is_named_first(models, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    for start in (lambda: listen(port=70_000), lambda: create_app(models)):
+        with pytest.raises(MissingPackageError, match=rf"{package}.*repo-jax\[serve\]"):
+            start()
 
 
 def test_ctrl_c_ends_it(models, capfd):
@@ -246,7 +308,7 @@ def test_ctrl_c_ends_it(models, capfd):
     connected = []
     thread = threading.Thread(target=interrupt)
     thread.start()
-    serve(models, port=0)
+    serve(models, listen(port=0), host="127.0.0.1")
     thread.join()
     assert capfd.readouterr().err == ""
     with pytest.raises(ConnectionRefusedError):
