@@ -61,6 +61,8 @@ class PositionConfig:
         `query`, one per query head; `shared`, one for the layer.
       d_position: width of r. None: d_model / 8.
       cope_positions: positions that CoPE tells apart; a key further off stands at the last.
+      init_std: of new weights that make positions, f_phi's or CoPE's. None: the model's
+        `init_std`. The larger, the less a new RePo layer is like NoPE.
     """
 
     preset: Preset = "repo"
@@ -70,6 +72,7 @@ class PositionConfig:
     heads: Literal["kv", "query", "shared"] = "kv"
     d_position: int | None = None
     cope_positions: int = 4096
+    init_std: float | None = None
 
     def __post_init__(self):
         if self.layers is not None:
@@ -85,7 +88,7 @@ class PositionConfig:
                 f"positions.layers has cope and {' and '.join(others)}; cope must be the kind of "
                 "all layers or of none",
             )
-        _positive(self, "positions", "d_position", "cope_positions")
+        _positive(self, "positions", "d_position", "cope_positions", "init_std")
 
     def kinds(self, n_layers: int) -> tuple[PositionKind, ...]:
         """The kind of each of `n_layers` layers."""
@@ -221,6 +224,11 @@ class DecoderConfig:
     def d_position(self) -> int:
         """Width of r in f_phi."""
         return self.positions.d_position or max(1, self.d_model // 8)
+
+    @property
+    def position_init_std(self) -> float:
+        """Of new weights that make positions."""
+        return self.init_std if self.positions.init_std is None else self.positions.init_std
 
     @property
     def position_columns(self) -> int:

@@ -35,16 +35,17 @@ def versions() -> dict[str, str]:
     return found | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
-@functools.cache
 def commit() -> str:
-    """Of the checkout that this file is in, with a mark if it has changes; else `unknown`."""
+    """Of the checkout that this file is in, with a mark if Python files that decide numbers have
+    changes or are new; else `unknown`."""
 
     def git(*arguments: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py")
+        code = (":/repo_jax/*.py", ":/pallas_kernels/*.py")
+        changed = git("status", "--porcelain", "--untracked-files=all", "--", *code)
         return git("rev-parse", "HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

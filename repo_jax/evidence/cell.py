@@ -21,7 +21,7 @@ import optax
 from repo_jax.config import OptimizerConfig, TrainingConfig
 from repo_jax.evidence import about
 from repo_jax.evidence.methods import parameter_count
-from repo_jax.evidence.suite import Cell, definition
+from repo_jax.evidence.suite import Cell, Experiment, definition
 from repo_jax.evidence.tasks import EvaluationSet, score
 from repo_jax.flops import model_flops_per_token
 from repo_jax.interop import save_pretrained
@@ -30,7 +30,7 @@ from repo_jax.training.loss import cross_entropy
 from repo_jax.training.optimizer import make_optimizer
 from repo_jax.training.step import TrainState, create_state
 
-SCHEMA = 1
+SCHEMA = 2
 
 # Steps of one jitted call, at most.
 _CHUNK = 50
@@ -52,18 +52,25 @@ def model_path(out: Path, cell: Cell) -> Path:
     return out / "models" / cell.name
 
 
-def run(cells: Sequence[Cell], out: Path, watch: Watch = lambda step, loss: None) -> None:
+def run(
+    cells: Sequence[Cell],
+    out: Path,
+    watch: Watch = lambda step, loss: None,
+    *,
+    commit: str = "unknown",
+) -> None:
     """Runs a cell, or cells that differ in the seed alone together, and writes what came out.
 
-    For each cell a folder that `from_pretrained` reads, with a tokenizer, and then, when all is
-    there, the record. The numbers are a function of the cell, the software and the kind of
+    For each cell a folder that `from_pretrained` reads, with a tokenizer, and then, when all are
+    there, the records. The numbers are a function of the cell, the software and the kind of
     machine; of several together, also of which ones.
 
     Args:
       cells: one; several only on devices that are no CPUs: vmapped gradients are wrong on CPUs
         in jaxlib 0.10.2.
       out: folder of the suite.
-      watch: see `Watch`.
+      watch: see `Watch`; called again before anything is written.
+      commit: of this code, for the records.
     """
     start = time.perf_counter()
     first = cells[0]
@@ -75,9 +82,11 @@ def run(cells: Sequence[Cell], out: Path, watch: Watch = lambda step, loss: None
     scores = _evaluate(cells, model, params, method.index_weight)
     seconds = time.perf_counter() - start
     run = first.definition
+    watch(run.steps, float(losses[:, -1].mean()))
     for i, cell in enumerate(cells):
         own = jax.tree.map(lambda x, i=i: x[i], params) if len(cells) > 1 else params
         _save_model(model_path(out, cell), RePoLM(config), own, cell)
+    for i, cell in enumerate(cells):
         record = {
             "schema": SCHEMA,
             "experiment": cell.experiment,
@@ -90,6 +99,7 @@ def run(cells: Sequence[Cell], out: Path, watch: Watch = lambda step, loss: None
             "steps": run.steps,
             "batch_size": run.batch_size,
             "length": cell.task.length,
+            "index_weight": method.index_weight,
             "parameters": parameter_count(config),
             "d_ff": config.d_ff,
             "flops_per_token": model_flops_per_token(config, cell.task.length),
@@ -102,7 +112,7 @@ def run(cells: Sequence[Cell], out: Path, watch: Watch = lambda step, loss: None
             "config": definition(run, cell.dtype),
             "hardware": about.hardware(),
             "versions": about.versions(),
-            "commit": about.commit(),
+            "commit": commit,
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "evaluations": scores[i],
         }
@@ -155,24 +165,25 @@ def _train(cells: Sequence[Cell], model: RePoLM, index_weight: float, watch: Wat
     )
     new = jax.jit(lambda params: create_state(params, optimizer, seed=0))
     state = stack([new(p) for p in params])
-    size = max(n for n in range(1, _CHUNK + 1) if run.steps % n == 0)
-    steps = _steps(model, optimizer, index_weight, run.z_loss)
+    steps = _steps(model, optimizer, index_weight, run)
     steps = jax.jit(jax.vmap(steps) if several else steps, donate_argnums=0)
 
     def batches(cell: Cell, first: int):
-        made = [task.training_batch(cell.seed, first + i, run.batch_size) for i in range(size)]
+        chunk = range(first, min(first + _CHUNK, run.steps))
+        made = [task.training_batch(cell.seed, step, run.batch_size) for step in chunk]
         return [np.stack([getattr(m, name) for m in made]) for name in ("tokens", "answers")]
 
-    losses, seconds = [], []
+    losses, seconds, compiled = [], [], {}
     with ThreadPoolExecutor(len(cells)) as pool:
         ask = lambda first: [pool.submit(batches, cell, first) for cell in cells]
         coming: list[Future] = ask(0)
-        for first in range(0, run.steps, size):
+        for first in range(0, run.steps, _CHUNK):
+            size = min(_CHUNK, run.steps - first)
             given = stack([future.result() for future in coming])
-            if not first:
-                compiled = steps.lower(state, *given).compile()
+            if size not in compiled:
+                compiled[size] = steps.lower(state, *given).compile()
             start = time.perf_counter()
-            state, found = compiled(state, *given)
+            state, found = compiled[size](state, *given)
             if first + size < run.steps:
                 coming = ask(first + size)
             losses.append(np.asarray(found).reshape(len(cells), size))
@@ -181,20 +192,24 @@ def _train(cells: Sequence[Cell], model: RePoLM, index_weight: float, watch: Wat
     return state.params, np.concatenate(losses, 1), float(np.median(seconds))
 
 
-def _steps(model: RePoLM, optimizer: optax.GradientTransformation, index_weight, z_loss: float):
+def _steps(
+    model: RePoLM, optimizer: optax.GradientTransformation, index_weight: float, run: Experiment
+):
     """`steps(state, tokens, answers) -> state, losses`, on as many batches as are stacked.
 
-    tokens int32 [K, B, T], answers bool [K, B, T]; losses float32 [K], the mean cross-entropy of
-    the answers in each batch.
+    tokens int32 [K, B, T], answers bool [K, B, T]; losses float32 [K], the mean cross-entropy over
+    each batch, as `run.loss_over` says.
     """
 
     def loss(params, tokens, answers):
         targets = jnp.roll(tokens, -1, axis=1)
         weights = jnp.roll(answers, -1, axis=1).astype(jnp.float32)
+        if run.loss_over == "examples":
+            weights /= jnp.maximum(weights.sum(1, keepdims=True), 1.0)
         weights /= jnp.maximum(weights.sum(), 1.0)
         hidden = model.apply({"params": params}, tokens, None, index_weight, method="hidden")
         kernel = params["head"]["kernel"]
-        sums = cross_entropy(hidden, kernel, targets, weights, z_loss=z_loss, chunk=_LOSS_CHUNK)
+        sums = cross_entropy(hidden, kernel, targets, weights, z_loss=run.z_loss, chunk=_LOSS_CHUNK)
         return sums.loss, sums.ce
 
     def step(state: TrainState, batch):

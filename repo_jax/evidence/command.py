@@ -9,7 +9,7 @@ from pathlib import Path
 
 from repo_jax import cli, plots
 from repo_jax.config import Dtype
-from repo_jax.errors import ConfigError
+from repo_jax.errors import ConfigError, TrainingError
 from repo_jax.evidence import figures, report, results
 from repo_jax.evidence.runner import run_suite
 from repo_jax.evidence.suite import load
@@ -79,7 +79,12 @@ class EvidenceConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs what is missing, then writes results, tables and figures."""
+    """Runs what is missing, then writes results, tables and figures.
+
+    Raises:
+      ConfigError: an option, the suite or the folder is wrong.
+      TrainingError: a cell failed; the others are in the results.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     config, _ = cli.parse(EvidenceConfig, "evidence", _ABOUT, given)
     plots.import_pyplot(figures.FEATURE)  # before the long work
@@ -111,6 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"stopped ({outcome.reason}) with {outcome.done} of {outcome.total} cells done; the "
             "same command goes on",
             file=sys.stderr,
+        )
+    if outcome.failed:
+        raise TrainingError(
+            f"{len(outcome.failed)} of {outcome.total} cells failed, with the errors above: "
+            f"{', '.join(outcome.failed)}; the same command tries them again"
         )
 
 

@@ -20,8 +20,8 @@ def draw(
 ) -> dict[str, list[str]]:
     """Draws a figure for each experiment into `folder`, as PNG and SVG; returns their names.
 
-    A row of axes for each metric, a column for each kind of question. Bands are 95 % intervals
-    over seeds; dotted is chance; the grey line is the largest size in training.
+    A row of axes for each metric, a column for each kind of question. Bands are from the
+    least to the most of the seeds; dotted is chance; the grey line is the largest size in training.
     """
     pyplot = plots.import_pyplot(FEATURE)
     drawn: dict[str, list[str]] = {}
@@ -53,7 +53,7 @@ def draw(
 
 def _curves(axes, rows: Sequence[SummaryRow], order: Sequence[str], trained_to: int) -> None:
     for method in order:
-        mine = sorted((row for row in rows if row.method == method), key=lambda row: row.x)
+        mine = sorted((r for r in rows if r.method == method and r.value), key=lambda row: row.x)
         if not mine:
             continue
         i = NAMES.index(method)  # so that a method looks the same in all figures
@@ -64,9 +64,8 @@ def _curves(axes, rows: Sequence[SummaryRow], order: Sequence[str], trained_to: 
             *(x, [row.value.mean for row in mine]),
             **dict(label=method, color=color, marker=marker, ls=line, ms=4, lw=1.4),
         )
-        if all(row.value.low is not None for row in mine):
-            low, high = ([getattr(row.value, end) for row in mine] for end in ("low", "high"))
-            axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+        low, high = ([end(row.value.values) for row in mine] for end in (min, max))
+        axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
     chance = {row.x: row.chance for row in rows if row.chance is not None}
     if chance:
         axes.plot(sorted(chance), [chance[x] for x in sorted(chance)], ":", color="0.4", lw=1)

@@ -10,7 +10,7 @@ from typing import Any
 from repo_jax.errors import ConfigError
 from repo_jax.evidence import figures, results
 from repo_jax.evidence.cell import write
-from repo_jax.evidence.summary import Interval, SummaryRow, costs, methods_in, summarise
+from repo_jax.evidence.summary import Interval, SummaryRow, can_differ, costs, methods_in, summarise
 
 _METRICS = {
     "exact": "whole answers right",
@@ -31,6 +31,7 @@ def write_report(folder: Path) -> None:
     rows = summarise(records)
     plain = {
         "rows": [dataclasses.asdict(row) for row in rows],
+        "sets": _sets(rows),
         "costs": costs(records),
         "about": _about(found),
     }
@@ -47,7 +48,13 @@ def headline_table(found: dict[str, Any]) -> str:
     records = found["cells"]
     rows = [row for row in summarise(records) if row.set in _headline(records, row.experiment)]
     rows = [row for row in rows if row.metric == _first_metric(records, row.experiment)]
-    return "\n".join([*_table(rows, methods_in(records)), "", _about_line(found)])
+    meaning = (
+        "Means over seeds (in parentheses the least and the most of them, or that all are equal); "
+        "then the mean difference to RoPE with the same seeds [its 95 % interval over seeds]."
+    )
+    return "\n".join(
+        [*_table(rows, methods_in(records)), "", meaning, "", *_warnings(found), _about_line(found)]
+    )
 
 
 def rewrite(file: Path, name: str, table: str) -> None:
@@ -80,10 +87,15 @@ def _first_metric(records: Sequence[dict[str, Any]], experiment: str) -> str:
 
 def _page(found: dict[str, Any], rows: Sequence[SummaryRow], drawn: dict[str, list[str]]) -> str:
     records = found["cells"]
-    lines = ["# Evidence", "", _about_line(found), ""]
+    lines = ["# Evidence", "", *_warnings(found), _about_line(found), ""]
     lines += [
-        "Means over seeds with 95 % intervals (Student's t; they may reach beyond 0 and 1), then "
-        "the mean difference to RoPE with the same seeds, with its interval.",
+        "Means over seeds with 95 % intervals (Student's t; they may reach beyond 0 and 1) and the "
+        "value of each seed, then the mean difference to RoPE with the same seeds, with its "
+        "interval. Intervals are over seeds only: the test set is one, the same for all. Bands of "
+        "figures reach from the least to the most of the seeds; dotted is chance.",
+        "",
+        "*can differ*: some method is above chance with every seed, by three standard errors of "
+        "guessing, and below 1 in the mean, so that differences between methods can show.",
         "",
     ]
     for experiment in dict.fromkeys(row.experiment for row in rows):
@@ -98,13 +110,20 @@ def _page(found: dict[str, Any], rows: Sequence[SummaryRow], drawn: dict[str, li
                 title = f"{group}: {_METRICS[metric]}" if group else _METRICS[metric]
                 lines += ["", f"### {title}", ""]
                 lines += _table(chosen, methods_in(records), long=True)
-    lines += ["", "## Costs", "", *_cost_table(records)]
-    lines += ["", f"`{found['command']}`"]
+    lines += [
+        *("", "## Costs", ""),
+        "The time of a step is for one seed: where seeds trained together it is divided by their "
+        "number. Times were measured beside other workers where cells shared the machine, and are "
+        "an indication only.",
+        "",
+        *_cost_table(records),
+    ]
+    lines += [line for command in found["commands"] for line in ("", f"`{command}`")]
     return "\n".join(lines) + "\n"
 
 
 def _table(rows: Sequence[SummaryRow], methods: Sequence[str], *, long: bool = False) -> list[str]:
-    """Methods down, sets across; `long`: with the intervals of values too."""
+    """Methods down, sets across; `long`: with each seed, and whether sets can show differences."""
     several = len({row.experiment for row in rows}) > 1
     columns = list(dict.fromkeys((row.experiment, row.set) for row in rows))
     at = {(row.method, row.experiment, row.set): row for row in rows}
@@ -121,32 +140,52 @@ def _table(rows: Sequence[SummaryRow], methods: Sequence[str], *, long: bool = F
     if any(chance is not None for chance in chances):
         cells = ["-" if chance is None else _number(chance) for chance in chances]
         lines.append(f"| *chance* | {' | '.join(cells)} |")
+    if long:
+        by_set = [can_differ([r for r in rows if (r.experiment, r.set) == c]) for c in columns]
+        if by_set.count(None) < len(by_set):
+            cells = [{True: "yes", False: "no", None: "-"}[found] for found in by_set]
+            lines.append(f"| *can differ* | {' | '.join(cells)} |")
     return lines
 
 
+def _sets(rows: Sequence[SummaryRow]) -> list[dict[str, Any]]:
+    """Whether each evaluation set can show differences, by each metric."""
+    by_set: dict[tuple[str, str, str], list[SummaryRow]] = {}
+    for row in rows:
+        by_set.setdefault((row.experiment, row.set, row.metric), []).append(row)
+    return [
+        {"experiment": experiment, "set": name, "metric": metric, "can_differ": can_differ(same)}
+        for (experiment, name, metric), same in by_set.items()
+    ]
+
+
 def _cell(row: SummaryRow, long: bool) -> str:
-    text = _number(row.value.mean)
-    if long and row.value.low is not None:
-        text += f" [{_number(row.value.low)}, {_number(row.value.high)}]"
-    if row.difference is None:
-        return text
-    separator = "; " if long else " "
-    return f"{text}{separator}({_signed(row.difference)})"
+    if row.value is None:
+        return f"{row.diverged} of {row.seeds} diverged"
+    whole = long or row.value.low is None
+    text = _interval(row.value, "") if whole else _number(row.value.mean)
+    if row.value.low is not None:
+        each = row.value.values
+        shown = ", ".join(map(_number, each))
+        text += f" ({shown})" if long else f" ({_number(min(each))} to {_number(max(each))})"
+    return text if row.difference is None else f"{text}; {_interval(row.difference, '+')}"
 
 
-def _number(value: float) -> str:
-    return f"{value:.3f}"
+def _number(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.3f}"
 
 
-def _signed(difference: Interval) -> str:
-    if difference.low is None:
-        return f"{difference.mean:+.3f}"
-    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+def _interval(found: Interval, sign: str) -> str:
+    mean, n = _number(found.mean, sign), len(found.values)
+    if found.low is None:
+        return f"{mean} (all {n} equal)" if n > 1 else mean
+    return f"{mean} [{_number(found.low, sign)}, {_number(found.high, sign)}]"
 
 
 def _cost_table(records: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
-        "| experiment | method | parameters | MFLOP per token | ms per step | RoPE's | loss |",
+        "| experiment | method | parameters | MFLOP per token | ms per step and seed | RoPE's "
+        "| loss |",
         "|---|---|---|---|---|---|---|",
     ]
     number = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
@@ -166,7 +205,7 @@ def _about(found: dict[str, Any]) -> dict[str, Any]:
     versions = {name: {r["versions"][name] for r in records} for name in records[0]["versions"]}
     dates = different(record["date"] for record in records)
     return {
-        "command": found["command"],
+        "commands": found["commands"],
         "seeds": different(record["seed"] for record in records),
         "devices": different(record["hardware"]["device"] for record in records),
         "cores": different(record["hardware"]["cores"] for record in records),
@@ -176,6 +215,13 @@ def _about(found: dict[str, Any]) -> dict[str, Any]:
         "last": dates[-1],
         "hours": sum(r["seconds"] / len(r["seeds_together"]) for r in records) / 3600,
     }
+
+
+def _warnings(found: dict[str, Any]) -> list[str]:
+    commits = _about(found)["commits"]
+    if len(commits) < 2:
+        return []
+    return [f"**These results are of {len(commits)} different commits.**", ""]
 
 
 def _about_line(found: dict[str, Any]) -> str:

@@ -3,11 +3,13 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from repo_jax.errors import ConfigError
 from repo_jax.evidence.cell import SCHEMA, write
+from repo_jax.evidence.methods import NAMES
 
 _OF_CELL = ("experiment", "method", "seed")
 _OF_SET = (
@@ -21,18 +23,23 @@ _OF_TRAINING = (
 
 
 def collect(out: Path) -> list[dict[str, Any]]:
-    """The records of the finished cells in a folder, as `cell.run` wrote them, sorted."""
+    """The records of the finished cells in a folder, as `cell.run` wrote them, sorted.
+
+    Raises:
+      ConfigError: one is of a method that does not exist.
+    """
     records = [json.loads(path.read_text()) for path in (out / "cells").glob("*.json")]
+    _check_methods(records, out)
     return sorted(records, key=lambda r: tuple(r[name] for name in _OF_CELL))
 
 
-def save(out: Path, command: str) -> Path:
+def save(out: Path, commands: Sequence[str]) -> Path:
     """Writes results.json, which reports are made from, and results.csv, a line for each cell and
     evaluation set.
 
     Args:
       out: a suite's folder.
-      command: that made it.
+      commands: that made it.
     """
     records = collect(out)
     lines = io.StringIO()
@@ -49,7 +56,7 @@ def save(out: Path, command: str) -> Path:
                 ]
             )
     write(out / "results.csv", lines.getvalue())
-    whole = {"schema": SCHEMA, "command": command, "cells": records}
+    whole = {"schema": SCHEMA, "commands": list(commands), "cells": records}
     write(out / "results.json", json.dumps(whole, indent=1) + "\n")
     return out / "results.json"
 
@@ -71,4 +78,14 @@ def load(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is no results of this version of the suite")
     if not found["cells"]:
         raise ConfigError(f"{path} has no finished cell; run the suite first")
+    _check_methods(found["cells"], path)
     return found
+
+
+def _check_methods(records: Sequence[dict[str, Any]], where: Path) -> None:
+    for record in records:
+        if record["method"] not in NAMES:
+            raise ConfigError(
+                f"{where} has a cell of the method {record['method']!r}; there are "
+                f"{', '.join(NAMES)}"
+            )

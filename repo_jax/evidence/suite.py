@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -49,6 +49,8 @@ class Experiment:
       position_rate: a factor on the learning rate of f_phi.
       steps, batch_size: of the training.
       z_loss: weight of mean(logsumexp ** 2).
+      loss_over: what the loss of a batch is a mean over: all its `answers`, or its `examples`, of
+        each of which it is the mean over its answers.
       headline: evaluation sets, or means over kinds, that short tables show; empty: all.
     """
 
@@ -63,6 +65,7 @@ class Experiment:
     steps: int = 2500
     batch_size: int = 32
     z_loss: float = 1e-4
+    loss_over: Literal["answers", "examples"] = "answers"
     headline: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -236,6 +239,8 @@ def load(
         raise ConfigError(f"--suite {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(sections, dict) or not isinstance(sections.get("experiments"), dict):
         raise ConfigError(f"--suite {path} has no experiments in it")
+    # YAML's aliases are one object; a change must reach one of them.
+    sections = json.loads(json.dumps(sections, default=str))
     found = sections["experiments"]
     for wanted in experiments:
         if wanted not in found:

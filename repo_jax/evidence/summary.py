@@ -16,11 +16,19 @@ BASELINE = "rope"
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval by Student's t, which needs two values or more."""
+    """A mean and its 95 % interval by Student's t.
+
+    Attributes:
+      mean: of the values.
+      low, high: ends of the interval, which is of no use, and None, where there is one value only
+        or all are equal.
+      values: one for each seed, in the order of seeds.
+    """
 
     mean: float
     low: float | None
     high: float | None
+    values: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +41,12 @@ class SummaryRow:
         the kinds of a task at the size X, taken for each seed.
       metric: `exact` or `tokens`, shares; or `bits_per_byte`.
       chance: what guessing gives; None: not defined.
+      examples: in the evaluation set; of a mean, in the smallest of its sets.
       seeds: number of them.
-      value: over seeds.
+      diverged: how many of them have no finite loss.
+      value: over seeds; None if any diverged.
       difference: of this method and RoPE with the same seed, over the seeds that both have; None
-        for RoPE itself, or where there are none.
+        for RoPE itself, where there are none, or where any of them diverged.
     """
 
     experiment: str
@@ -46,19 +56,21 @@ class SummaryRow:
     x: int
     metric: str
     chance: float | None
+    examples: int
     seeds: int
-    value: Interval
+    diverged: int
+    value: Interval | None
     difference: Interval | None
 
 
 def interval(values: Sequence[float]) -> Interval:
     """The mean and its 95 % interval."""
-    values = np.asarray(values, np.float64)
-    mean, n = float(values.mean()), len(values)
-    if n < 2:
-        return Interval(mean, None, None)
-    half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)
-    return Interval(mean, float(mean - half), float(mean + half))
+    each, n = tuple(map(float, values)), len(values)
+    mean = float(np.mean(each))
+    if len(set(each)) < 2:
+        return Interval(mean, None, None, each)
+    half = float(stats.t.ppf(0.975, n - 1) * np.std(each, ddof=1) / math.sqrt(n))
+    return Interval(mean, mean - half, mean + half, each)
 
 
 def methods_in(records: Sequence[dict[str, Any]]) -> list[str]:
@@ -71,33 +83,56 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[SummaryRow]:
 
     records: as `cell.run` writes them.
     """
-    values: dict[tuple, dict[str, dict[int, float]]] = {}
-    chances: dict[tuple, float | None] = {}
-    for record in records:
+    values: dict[tuple, dict[str, dict[int, float | None]]] = {}
+    facts: dict[tuple, tuple[float | None, int]] = {}
+    for record in sorted(records, key=lambda record: record["seed"]):
         for row in [*record["evaluations"], *_means(record["evaluations"])]:
             for metric in metrics(record):
-                if row.get(metric) is None:
-                    continue
                 key = (record["experiment"], row["set"], row["group"], row["x"], metric)
                 by_method = values.setdefault(key, collections.defaultdict(dict))
-                by_method[record["method"]][record["seed"]] = row[metric]
-                chances[key] = row.get(f"chance_{metric}")
+                diverged = row["loss"] is None
+                by_method[record["method"]][record["seed"]] = None if diverged else row[metric]
+                facts[key] = row.get(f"chance_{metric}"), row["examples"]
     rows = []
     for key, by_method in values.items():
         experiment, name, group, x, metric = key
         base = by_method.get(BASELINE, {})
         for method in (m for m in methods_in(records) if m in by_method):
             own = by_method[method]
-            pairs = [own[seed] - base[seed] for seed in own if seed in base]
-            compared = interval(pairs) if pairs and method != BASELINE else None
+            pairs = [(own[seed], base[seed]) for seed in own if seed in base]
+            finite = pairs and all(None not in pair for pair in pairs)
+            compared = finite and method != BASELINE
+            diverged = sum(value is None for value in own.values())
             rows.append(
                 SummaryRow(
-                    *(experiment, method, name, group, x, metric, chances[key], len(own)),
-                    value=interval(list(own.values())),
-                    difference=compared,
+                    *(experiment, method, name, group, x, metric, *facts[key]),
+                    seeds=len(own),
+                    diverged=diverged,
+                    value=None if diverged else interval(list(own.values())),
+                    difference=interval([a - b for a, b in pairs]) if compared else None,
                 )
             )
     return rows
+
+
+def can_differ(rows: Sequence[SummaryRow]) -> bool | None:
+    """Whether one set can show differences: some method is above chance and not at the ceiling.
+
+    Above chance: every seed is, by three standard errors of what guessing gets of so many
+    examples. Not at the ceiling: the mean is below 1.
+
+    Args:
+      rows: of one set and metric, one for each method.
+
+    Returns:
+      None where chance is not defined.
+    """
+    chance, examples = rows[0].chance, rows[0].examples
+    if chance is None:
+        return None
+    floor = chance + 3 * math.sqrt(chance * (1 - chance) / examples)
+    found = [row.value for row in rows if row.value is not None]
+    return any(min(value.values) > floor and value.mean < 1 for value in found)
 
 
 def metrics(record: dict[str, Any]) -> tuple[str, ...]:
@@ -113,10 +148,10 @@ def _means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     by_x: dict[int, list] = collections.defaultdict(list)
     for row in rows:
         by_x[row["x"]].append(row)
-    names = ("exact", "tokens", "chance_exact", "chance_tokens")
+    names = ("exact", "tokens", "loss", "chance_exact", "chance_tokens")
     return [
-        {"set": f"mean_{x}", "group": "mean", "x": x}
-        | {name: float(np.mean([row[name] for row in same])) for name in names}
+        {"set": f"mean_{x}", "group": "mean", "x": x, "examples": min(r["examples"] for r in same)}
+        | {name: _mean([row[name] for row in same]) for name in names}
         for x, same in by_x.items()
         if len(same) == len(groups)
     ]
@@ -125,9 +160,11 @@ def _means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def costs(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each experiment and method: size, FLOPs, and time of a step.
 
-    `step_ratio` is the mean over the seeds that both have of the step time over RoPE's, None
-    where there are none; where cells share a machine it is an indication only.
+    `step_seconds` is for one seed, a step's time divided by the seeds that trained together.
+    `step_ratio` is the mean over the seeds that both have of that time over RoPE's, None where
+    there are none; where cells share a machine it is an indication only.
     """
+    seconds = lambda record: record["step_seconds"] / len(record["seeds_together"])
     found: dict[str, dict[str, dict[int, dict]]] = {}
     for record in records:
         by_method = found.setdefault(record["experiment"], collections.defaultdict(dict))
@@ -138,14 +175,14 @@ def costs(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for method in (m for m in methods_in(records) if m in by_method):
             own = by_method[method]
             first = next(iter(own.values()))
-            ratios = [own[s]["step_seconds"] / base[s]["step_seconds"] for s in own if s in base]
+            ratios = [seconds(own[s]) / seconds(base[s]) for s in own if s in base]
             rows.append(
                 {
                     "experiment": experiment,
                     "method": method,
                     "parameters": first["parameters"],
                     "flops_per_token": first["flops_per_token"],
-                    "step_seconds": float(np.mean([r["step_seconds"] for r in own.values()])),
+                    "step_seconds": float(np.mean([seconds(r) for r in own.values()])),
                     "step_ratio": float(np.mean(ratios)) if ratios else None,
                     "train_loss": _mean([r["train_loss"] for r in own.values()]),
                 }

@@ -43,8 +43,8 @@ def from_pretrained(
       dtype: of activations, float32 or bfloat16. None: float32.
       param_dtype: of the parameters, float32 or bfloat16, whatever the checkpoint's is.
       positions: imposed instead of the checkpoint's, e.g. RePo on a RoPE checkpoint. f_phi of
-        a layer that had none is drawn from a truncated normal (std `config.init_std`, cut at 3
-        sigma); f_phi that is no longer needed is dropped.
+        a layer that had none is drawn from a truncated normal (std `positions.init_std`, or the
+        config's, cut at 3 sigma); f_phi that is no longer needed is dropped.
       rng: of new weights. None: `jax.random.key(0)`.
       rope_scaling: YaRN instead of what the checkpoint says. None: what it says.
       revision: branch, tag or commit on the hub.
@@ -97,7 +97,7 @@ class Source:
     ):
         self.checkpoint = checkpoint
         self.entries = table(wanted)
-        self._std = wanted.init_std
+        self._std = wanted.position_init_std
         self._rng = jax.random.key(0) if rng is None else rng
         self._stored = {entry.name: entry for entry in table(stored)}
         for entry in self.entries:

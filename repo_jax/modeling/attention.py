@@ -109,7 +109,7 @@ class Attention(nn.Module):
         )
         if self.cope:
             position_kernel = self.param(
-                *("position_kernel", init_weights(c.init_std, (None, "position"))),
+                *("position_kernel", init_weights(c.position_init_std, (None, "position"))),
                 *((c.head_dim, c.positions.cope_positions), jnp.dtype(c.param_dtype)),
             )
             attend = lambda v_BTKH: cope_attention(

@@ -20,7 +20,7 @@ def repositioning(config: DecoderConfig, **options) -> ContextRePositioning:
         columns=config.position_columns,
         d_position=config.d_position,
         f_phi=config.positions.f_phi,
-        init_std=config.init_std,
+        init_std=config.position_init_std,
         logical_axes=("embed", "position", columns),
         dtype=config.dtype,
         param_dtype=config.param_dtype,

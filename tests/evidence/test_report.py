@@ -8,8 +8,8 @@ import pytest
 from repo_jax import cli
 from repo_jax.errors import ConfigError
 from repo_jax.evidence import command, report, results
-from repo_jax.evidence.cell import write
-from repo_jax.evidence.summary import costs, interval, summarise
+from repo_jax.evidence.cell import SCHEMA, write
+from repo_jax.evidence.summary import can_differ, costs, interval, summarise
 
 # By hand: exact answers of three seeds at two lengths.
 EXACT = {
@@ -29,7 +29,7 @@ def record(method, seed, exact, **changes):
         for x, value in zip((20, 30), exact, strict=True)
     ]
     return {
-        **{"schema": 1, "experiment": "reversal", "method": method, "seed": seed},
+        **{"schema": SCHEMA, "experiment": "reversal", "method": method, "seed": seed},
         **{"x_label": "letters", "trained_to": 20, "metric": "exact", "headline": ["length_30"]},
         **{"steps": 10, "batch_size": 4, "parameters": 1000, "flops_per_token": 6e6},
         **{"train_loss": 0.5, "losses": [1.0, 0.5], "step_seconds": 0.1 + 0.01 * seed},
@@ -45,7 +45,7 @@ def write_results(folder, **chosen):
         for seed, exact in seeds.items():
             path = folder / "cells" / f"reversal-{method}-{seed}.json"
             write(path, json.dumps(record(method, seed, exact, **chosen)))
-    return results.save(folder, "python -m repo_jax.evidence --suite laptop")
+    return results.save(folder, ["python -m repo_jax.evidence --suite laptop", "again"])
 
 
 @pytest.fixture
@@ -84,8 +84,51 @@ def test_differences_are_of_the_seeds_that_both_have():
     assert (repo.difference.low, repo.difference.high) == (None, None)
 
 
-def test_one_value_has_no_interval():
-    assert interval([0.3]).low is None
+@pytest.mark.parametrize("values", [[0.3], [1.0, 1.0, 1.0]])
+def test_one_value_and_equal_values_have_no_interval(values):
+    assert (interval(values).low, interval(values).high) == (None, None)
+
+
+def test_a_diverged_seed_is_said_and_leaves_no_mean():
+    records = [record(m, seed, (0.5, 0.5)) for m in ("rope", "repo", "nope") for seed in (0, 1, 2)]
+    for evaluation in next(r for r in records if r["method"] == "repo")["evaluations"]:
+        evaluation["loss"] = None
+    rows = summarise(records)
+    assert len([r for r in rows if r.method == "repo"]) == 4
+    for metric in ("exact", "tokens"):
+        repo = row(rows, method="repo", set="length_30", metric=metric)
+        assert (repo.seeds, repo.diverged, repo.value, repo.difference) == (3, 1, None, None)
+        assert row(rows, method="nope", set="length_30", metric=metric).value.mean == 0.5
+    table = report.headline_table({"cells": records, "commands": []})
+    assert "| repo | 1 of 3 diverged |" in table
+
+
+def test_bits_of_a_diverged_seed_are_missing_and_said():
+    evaluation = {"set": "context_8", "group": "", "x": 8, "examples": 4}
+    evaluation |= {"exact": 0.0, "tokens": 0.0, "chance_exact": None, "chance_tokens": None}
+    records = [
+        record("rope", 0, (0, 0), metric="bits_per_byte", evaluations=[e])
+        for e in [evaluation | {"loss": None, "bits_per_byte": None}]
+    ]
+    (found,) = summarise(records)
+    assert (found.diverged, found.value) == (1, None)
+    assert can_differ([found]) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "can"),
+    [
+        # Chance is 0.1 with ten examples, whose standard error is 0.095.
+        ((0.5, 0.6, 0.9), True),
+        ((0.3, 0.6, 0.9), False),
+        ((1.0, 1.0, 1.0), False),
+        ((0.9, 1.0, 1.0), True),
+    ],
+)
+def test_a_set_can_show_differences_between_chance_and_the_ceiling(values, can):
+    rows = summarise([record("rope", i, (value, 0.0)) for i, value in enumerate(values)])
+    assert can_differ([row(rows, set="length_20", metric="exact")]) is can
+    assert not can_differ([row(rows, set="length_30", metric="exact")])
 
 
 def test_kinds_are_averaged_for_each_seed_at_the_sizes_that_all_have():
@@ -112,6 +155,14 @@ def test_steps_are_compared_with_those_of_rope_with_the_same_seed():
     assert repo["step_ratio"] == pytest.approx(0.5)
 
 
+def test_a_step_of_seeds_together_is_divided_among_them():
+    records = [record("rope", s, (0, 0), step_seconds=0.6, seeds_together=[0, 1]) for s in (0, 1)]
+    records += [record("repo", s, (0, 0), step_seconds=0.3, seeds_together=[s]) for s in (0, 1)]
+    rope, repo = costs(records)
+    assert rope["step_seconds"] == repo["step_seconds"] == pytest.approx(0.3)
+    assert repo["step_ratio"] == pytest.approx(1.0)
+
+
 def test_the_csv_has_a_line_for_each_cell_and_set(folder):
     with (folder / "results.csv").open() as file:
         lines = list(csv.DictReader(file))
@@ -128,10 +179,36 @@ def test_a_report_needs_the_results_file_alone(folder, tmp_path):
     names = {path.name for path in alone.iterdir()}
     assert names >= {"summary.md", "summary.json", "reversal.png", "reversal.svg"}
     page = (alone / "summary.md").read_text()
-    assert "| repo | 1.000 [1.000, 1.000]; (+0.100 [-0.148, +0.348]) | 0.700 [" in page
+    assert "| repo | 1.000 (all 3 equal); +0.100 [-0.148, +0.348] | 0.700 [0.270, 1.130] (" in page
+    assert "1.130] (0.500, 0.800, 0.800); +0.600 [+0.352, +0.848] |" in page
+    assert "| *can differ* | yes | yes |" in page
+    assert "beside other workers" in page
+    assert "the test set is one, the same for all" in page
+    assert page.index("`python -m repo_jax.evidence --suite laptop`") < page.index("`again`")
+    assert "different commits" not in page
     assert "6 trainings with seeds 0, 1, 2, 6.0 hours in all on a CPU (2 cores)" in page
     whole = json.loads((alone / "summary.json").read_text())
     assert len(whole["rows"]) == 2 * 2 * 2
+    assert [x["can_differ"] for x in whole["sets"]] == [True, True, True, False]
+
+
+def test_results_of_several_commits_come_with_a_warning(tmp_path):
+    write_results(tmp_path)
+    cell = tmp_path / "cells" / "reversal-repo-1.json"
+    cell.write_text(cell.read_text().replace('"commit": "abc"', '"commit": "def"'))
+    results.save(tmp_path, [])
+    report.write_report(tmp_path)
+    assert "results are of 2 different commits" in (tmp_path / "summary.md").read_text()
+    assert "results are of 2 different commits" in report.headline_table(results.load(tmp_path))
+
+
+def test_results_of_a_method_that_does_not_exist_are_refused(tmp_path):
+    write_results(tmp_path)
+    for path in (tmp_path / "results.json", tmp_path / "cells" / "reversal-repo-1.json"):
+        path.write_text(path.read_text().replace('"method": "repo"', '"method": "alibi"'))
+    for read in (results.load, results.collect):
+        with pytest.raises(ConfigError, match="of the method 'alibi'; there are rope, nope"):
+            read(tmp_path)
 
 
 def test_reports_of_the_same_results_are_the_same_files(folder):
@@ -154,8 +231,15 @@ def test_the_table_of_a_readme_is_rewritten_and_nothing_else(folder, tmp_path):
         assert "old" not in text
         # The headline has one of the two lengths.
         assert "| method | length 30 |" in text
-        assert "| repo | 0.700 (+0.600 [+0.352, +0.848]) |" in text
+        assert "| repo | 0.700 (0.500 to 0.800); +0.600 [+0.352, +0.848] |" in text
         assert "| *chance* | 0.100 |" in text
+        assert "(in parentheses the least and the most of them, or that all are equal)" in text
+
+
+def test_equal_values_are_called_equal_in_a_readme_too(tmp_path):
+    write_results(tmp_path, headline=["length_20"])
+    table = report.headline_table(results.load(tmp_path))
+    assert "| repo | 1.000 (all 3 equal); +0.100 [-0.148, +0.348] |" in table
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """A suite is run, stopped, killed and resumed; a cell run again gives the same bits."""
 
-import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,13 +14,14 @@ import pytest
 
 from repo_jax import cli, from_pretrained
 from repo_jax.data import Tokenizer
-from repo_jax.errors import ConfigError
+from repo_jax.errors import ConfigError, TrainingError
+from repo_jax.evidence import about, command, results, runner
 from repo_jax.evidence import cell as cells
-from repo_jax.evidence import command
-from repo_jax.evidence.runner import run_suite
+from repo_jax.evidence.runner import Outcome, run_suite
 from repo_jax.evidence.suite import load
 from repo_jax.flops import model_flops_per_token
 from repo_jax.interop import config_json
+from repo_jax.modeling import RePoLM, init_params
 from tests.tiny_runs import ROOT
 
 ONE = ["--suite", "tiny", "--tasks", "reversal", "--methods", "rope,repo", "--seeds", "0"]
@@ -91,6 +92,7 @@ def test_a_killed_suite_goes_on_and_a_cell_alone_gives_the_same_bits(tmp_path):
     assert numbers(again, "reversal-repo-0") == numbers(out, "reversal-repo-0")
 
     record = json.loads(second.read_text())
+    assert record["commit"] == about.commit()
     model, params = from_pretrained(out / "models" / "reversal-repo-0")
     assert model.config.kinds == ("repo", "repo")
     assert record["parameters"] == sum(x.size for x in jax.tree.leaves(params))
@@ -108,6 +110,7 @@ def test_seeds_together_leave_a_record_and_a_model_each(tmp_path):
     for cell in suite.cells():
         record = json.loads(cells.cell_path(tmp_path, cell).read_text())
         assert (record["seed"], record["seeds_together"]) == (cell.seed, [0, 3])
+        assert record["index_weight"] == 0.5
         assert len(record["losses"]) == 8
         model, params = from_pretrained(cells.model_path(tmp_path, cell))
         read = jax.jit(
@@ -124,20 +127,234 @@ def test_seeds_together_leave_a_record_and_a_model_each(tmp_path):
     assert len({str(cells.cell_path(tmp_path, c).read_text()) for c in suite.cells()}) == 2
 
 
-def test_no_cell_is_begun_that_would_not_end_in_time(tmp_path):
-    suite = load("tiny", experiments=["reversal"], methods=["rope"], seeds=[0, 1])
-    out = tmp_path / "out"
-    # One is done, and took an hour.
-    done, _ = suite.cells()
-    record = {"experiment": "reversal", "method": "rope", "seed": 0, "seconds": 3600.0}
-    record |= {"evaluations": [], "hardware": {"device": ""}}
+def test_chunks_of_steps_give_the_same_bits_again(tmp_path, monkeypatch):
+    """With the optimisations that real runs have."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    changes = ["experiments.*.model.n_layers=1", "experiments.*.reversal.test_lengths=[2]"]
+    suite = load("tiny", experiments=["reversal"], methods=["repo_all"], seeds=[0], changes=changes)
+    heard = []
+    monkeypatch.setattr(cells, "_CHUNK", 4)
+    for folder in ("one", "other"):
+        cells.run(suite.cells(), tmp_path / folder, lambda step, loss: heard.append(step))
+    assert heard == 2 * [4, 8, 8]
+    one, other = (numbers(tmp_path / f, "reversal-repo_all-0") for f in ("one", "other"))
+    assert one == other
+
+
+@pytest.mark.parametrize(("over", "chunk"), [("examples", 2), ("answers", 50)])
+def test_losses_are_means_as_the_suite_says_and_a_cell_stopped_at_its_end_leaves_nothing(
+    tmp_path, monkeypatch, over, chunk
+):
+    changes = [f"experiments.recall.loss_over={over}", "experiments.recall.steps=3"]
+    changes += ["experiments.recall.model.n_layers=1", "experiments.recall.recall.factors=[1]"]
+    changes += ["experiments.recall.headline=[]"]
+    # Too little for any weight to change.
+    changes += ["experiments.recall.optimizer.learning_rate=1e-30"]
+    (cell,) = load(
+        "tiny", experiments=["recall"], methods=["rope"], seeds=[0], changes=changes
+    ).cells()
+    heard = []
+
+    def watch(step, loss):
+        if step in dict(heard):  # all steps are done, and nothing is written yet
+            raise InterruptedError
+        heard.append((step, loss))
+
+    monkeypatch.setattr(cells, "_CHUNK", chunk)
+    with pytest.raises(InterruptedError):
+        cells.run([cell], tmp_path / "out", watch)
+    assert not (tmp_path / "out").exists()
+
+    model = RePoLM(cell.method_and_model()[1])
+    params = init_params(model, jax.random.key(0))
+    apply = jax.jit(model.apply)
+    assert [step for step, _ in heard] == ([2, 3] if chunk == 2 else [3])
+    for step, loss in heard:
+        batch = cell.task.training_batch(0, step - 1, cell.definition.batch_size)
+        assert len(set(batch.answers.sum(1))) > 1
+        log_p = np.asarray(jax.nn.log_softmax(apply({"params": params}, batch.tokens).logits))
+        nll = -np.take_along_axis(log_p[:, :-1], batch.tokens[:, 1:, None], 2)[..., 0]
+        answers = batch.answers[:, 1:]
+        rows = [n[a].mean() for n, a in zip(nll, answers, strict=True)]
+        expected = np.mean(rows) if over == "examples" else nll[answers].mean()
+        assert loss == pytest.approx(float(expected), rel=1e-5)
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """Cells that train nothing, run in this process; each step takes ten seconds.
+
+    Attributes of what it gives: `ran`, the names of the cells of each call; `broken`, methods.
+    """
+    clock = Clock()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(time, "monotonic", clock)
+    clock.ran, clock.broken = [], set()
+
+    def run(group, out, watch, *, commit):
+        clock.ran.append([cell.name for cell in group])
+        if group[0].method in clock.broken:
+            raise RuntimeError("out of memory")
+        for step in range(1, group[0].definition.steps + 1):
+            clock.now += 10.0
+            watch(step, 1.0)
+        for cell in group:
+            cells.write(cells.cell_path(out, cell), json.dumps(stub(cell, group, commit)))
+
+    monkeypatch.setattr(cells, "run", run)
+    return clock
+
+
+def stub(cell, group, commit="", seconds=80.0):
+    """A record with what a runner and a results file need."""
     unknown = ("steps", "parameters", "flops_per_token", "train_loss", "step_seconds")
-    record |= dict.fromkeys((*unknown, "config_hash", "commit"))
-    out.mkdir()
-    (out / "suite.json").write_text("{}")
-    cells.write(cells.cell_path(out, done), json.dumps(record))
-    outcome = run_suite(suite, out, command="", workers=1, minutes=30.0)
-    assert dataclasses.astuple(outcome) == (1, 2, "time")
+    return {
+        **dict.fromkeys(unknown),
+        **{"experiment": cell.experiment, "method": cell.method, "seed": cell.seed},
+        **{"seconds": seconds, "seeds_together": [c.seed for c in group], "commit": commit},
+        **{"evaluations": [], "hardware": {"device": ""}, "config_hash": cell.config_hash()},
+    }
+
+
+def run_here(out, *, minutes=None, changes=(), **chosen):
+    suite = load("tiny", experiments=["reversal"], changes=changes, **chosen)
+    return run_suite(suite, out, command="", minutes=minutes)
+
+
+def test_cells_run_one_after_the_other_on_an_accelerator(tmp_path, accelerator):
+    assert run_here(tmp_path / "out", methods=["rope", "repo"]) == Outcome(4, 4, None)
+    names = ["reversal-rope-0", "reversal-repo-0", "reversal-rope-1", "reversal-repo-1"]
+    assert accelerator.ran == [[name] for name in names]
+    assert {r["commit"] for r in results.collect(tmp_path / "out")} == {about.commit()}
+    # What is done is not done again.
+    assert run_here(tmp_path / "out", methods=["rope", "nope"]) == Outcome(4, 4, None)
+    assert accelerator.ran[4:] == [["reversal-nope-0"], ["reversal-nope-1"]]
+
+
+def test_a_cell_that_fails_stops_no_other(tmp_path, accelerator):
+    accelerator.broken = {"nope"}
+    outcome = run_here(tmp_path / "out", seeds=[0])
+    assert outcome == Outcome(2, 3, None, ("reversal-nope-0",))
+    found = results.load(tmp_path / "out")["cells"]
+    assert [record["method"] for record in found] == ["repo", "rope"]
+    accelerator.broken = set()
+    assert run_here(tmp_path / "out", seeds=[0]) == Outcome(3, 3, None)
+
+
+def test_a_worker_that_fails_stops_no_other(tmp_path, monkeypatch):
+    class Finished:
+        """A worker that has ended; every second one without success."""
+
+        done, loss, seconds = 1.0, 1.0, None
+
+        def __init__(self, cell, out, commit):
+            self.cell, self.out = cell, out
+            self.sentinel, writer = os.pipe()
+            os.close(writer)
+
+        def poll(self):
+            os.close(self.sentinel)
+            if self.cell.seed == 1:
+                return 3
+            record = stub(self.cell, [self.cell])
+            cells.write(cells.cell_path(self.out, self.cell), json.dumps(record))
+            return 0
+
+    monkeypatch.setattr(runner, "Worker", Finished)
+    outcome = run_here(tmp_path / "out", methods=["rope", "repo"], seeds=[0, 1, 2])
+    assert outcome == Outcome(4, 6, None, ("reversal-rope-1", "reversal-repo-1"))
+    assert [r["seed"] for r in results.load(tmp_path / "out")["cells"]] == [0, 2, 0, 2]
+
+
+def test_the_command_reports_what_there_is_and_then_says_which_cells_failed(monkeypatch, tmp_path):
+    outcome = Outcome(1, 2, None, ("reversal-nope-0",))
+    monkeypatch.setattr(command, "run_suite", lambda *_, **__: outcome)
+    with pytest.raises(TrainingError, match=r"^1 of 2 cells failed, .*: reversal-nope-0; "):
+        command.main([*ONE, "--out", str(tmp_path / "out")])
+
+
+def test_seeds_that_train_together_are_missing_together(tmp_path, accelerator):
+    out, together = tmp_path / "out", dict(methods=["rope", "repo"], changes=["vmap_seeds=true"])
+    run_here(out, **together)
+    rope, repo = [["reversal-rope-0", "reversal-rope-1"], ["reversal-repo-0", "reversal-repo-1"]]
+    assert accelerator.ran == [rope, repo]
+    # As if the machine had gone down between two records.
+    (out / "cells" / "reversal-repo-1.json").unlink()
+    assert run_here(out, **together) == Outcome(4, 4, None)
+    assert accelerator.ran[2:] == [repo]
+    # More seeds leave those alone that are whole.
+    run_here(out, **together, seeds=[0, 1, 2, 3])
+    assert accelerator.ran[3:] == [
+        ["reversal-rope-2", "reversal-rope-3"],
+        ["reversal-repo-2", "reversal-repo-3"],
+    ]
+
+
+def test_a_time_in_which_no_cell_ends_is_refused_once_it_is_known(tmp_path, accelerator):
+    out, rope = tmp_path / "out", dict(methods=["rope"])
+    # A cell takes eighty seconds.
+    assert run_here(out, minutes=1, **rope) == Outcome(0, 2, "time")
+    begun = len(accelerator.ran)
+    with pytest.raises(
+        ConfigError, match=r"--minutes is 1; .*: reversal-rope-0 takes about 1\.33 minutes"
+    ):
+        run_here(out, minutes=1, **rope)
+    assert len(accelerator.ran) == begun
+    # Two minutes do for one, and the other is not begun.
+    assert run_here(out, minutes=2, **rope) == Outcome(1, 2, "time")
+    assert accelerator.ran[begun:] == [["reversal-rope-0"]]
+    assert run_here(out, minutes=2, **rope) == Outcome(2, 2, None)
+
+
+def test_a_time_shorter_than_that_of_the_cells_that_are_done_is_refused(tmp_path):
+    suite = load("tiny", experiments=["reversal"], methods=["rope"], seeds=[0, 1])
+    done = suite.cells()[0]
+    (tmp_path / "suite.json").write_text("{}")
+    record = stub(done, [done], seconds=3600.0)
+    cells.write(cells.cell_path(tmp_path, done), json.dumps(record))
+    with pytest.raises(ConfigError, match="reversal-rope-1 takes about 60 minutes"):
+        run_suite(suite, tmp_path, command="", workers=1, minutes=30.0)
+
+
+def test_a_record_of_another_config_is_refused_by_its_name(tmp_path):
+    suite = load("tiny", experiments=["reversal"], methods=["rope"], seeds=[0])
+    (cell,) = suite.cells()
+    (tmp_path / "suite.json").write_text("{}")
+    record = stub(cell, [cell]) | {"config_hash": "abc"}
+    cells.write(cells.cell_path(tmp_path, cell), json.dumps(record))
+    with pytest.raises(ConfigError, match=r"reversal-rope-0\.json has the config_hash abc, and"):
+        run_suite(suite, tmp_path, command="", workers=1, minutes=None)
+
+
+def test_all_commands_that_made_a_folder_are_kept(tmp_path, accelerator):
+    suite = load("tiny", experiments=["reversal"], methods=["rope"], seeds=[0])
+    for given in ("one", "two", "one"):
+        run_suite(suite, tmp_path / "out", command=given, minutes=None)
+    assert results.load(tmp_path / "out")["commands"] == ["one", "two"]
+
+
+def test_a_commit_is_marked_if_code_that_decides_numbers_changed(tmp_path, monkeypatch):
+    file = tmp_path / "repo_jax" / "evidence" / "about.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *arguments], check=True)
+    monkeypatch.setattr(about, "__file__", str(file))
+    (tmp_path / "notes.py").write_text("")
+    (tmp_path / "repo_jax" / "notes.txt").write_text("")
+    assert re.fullmatch("[0-9a-f]{40}", about.commit())
+    (tmp_path / "repo_jax" / "new.py").write_text("")
+    assert re.fullmatch("[0-9a-f]{40} with changes", about.commit())
 
 
 def test_a_folder_made_with_another_config_is_refused_by_the_options_name(tmp_path, capsys):

@@ -76,6 +76,18 @@ def test_changes_are_made_where_they_say():
     assert cell.definition.steps == 4
 
 
+@pytest.mark.parametrize("name", ["gpu", "full", "rates"])
+def test_a_change_of_one_experiment_leaves_those_that_share_its_lines_alone(name):
+    before = load(name).experiments
+    first, *others = before
+    changes = [f"experiments.{first}.optimizer.learning_rate=0.5"]
+    changes += [f"experiments.{first}.model.rope_theta=7"]
+    after = load(name, changes=changes).experiments
+    assert after[first].optimizer.learning_rate == 0.5
+    assert after[first].model.rope_theta == 7
+    assert all(after[other] == before[other] for other in others)
+
+
 def test_the_hash_tells_whatever_changes_the_numbers():
     def of(*changes, **chosen):
         chosen = {"methods": ["rope"], "seeds": [0], **chosen}
@@ -91,6 +103,7 @@ def test_the_hash_tells_whatever_changes_the_numbers():
             of("experiments.*.steps=9"),
             of("experiments.*.reversal.alphabet=5"),
             of("experiments.*.model.d_ff=72"),
+            of("experiments.*.loss_over=examples"),
         )
     ]
     assert len(set(hashes)) == len(hashes)

@@ -1,6 +1,7 @@
 """Examples can be solved from their prompts, guessing gives what is said, nothing leaks."""
 
 import collections
+import dataclasses
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
-from repo_jax.evidence.tasks import Examples, Graphs, Recall, Reversal, Tables, Text, score
+from repo_jax.evidence.tasks import Examples, Graphs, Recall, Reversal, Tables, Text, base, score
 from repo_jax.evidence.tasks.base import PAD
 
 small = st.integers(1, 4)
@@ -136,18 +137,40 @@ def test_chance_is_what_draws_from_the_choices_get(task):
 
 
 @each_task
-def test_no_long_test_example_is_trained_on(task):
-    """Of those long enough that chance makes no two alike."""
-    trained = {
-        tokens[tokens != PAD].tobytes()
-        for step in range(300)
-        for tokens in task.training_batch(0, step, 64).tokens
-    }
+def test_training_and_tests_are_drawn_with_different_keys(task, monkeypatch):
+    keys, generator = set(), base._generator
+
+    def recorded(*key):
+        # A seed sequence is the same with zeros after it.
+        keys.add(tuple(np.trim_zeros(key, "b")))
+        return generator(*key)
+
+    monkeypatch.setattr(base, "_generator", recorded)
+    for seed in range(3):
+        for step in range(50):
+            task.training_batch(seed, step, 2)
+    trained, keys = keys, set()
+    for test_seed in range(5):
+        dataclasses.replace(task, test_seed=test_seed, examples=2).evaluation_sets()
+    assert trained
+    assert keys
+    assert not trained & keys
+
+
+@each_task
+def test_no_context_of_a_test_is_trained_on(task):
+    """Contexts are what comes before the question; those long enough that chance makes no two
+    alike."""
+    questions = {Reversal: (2,), Recall: (2,), Tables: (3, 4), Graphs: (3, 4)}[type(task)]
+
+    def contexts(tokens):
+        ends = np.isin(tokens, questions).argmax(1)
+        return {tuple(row[:end]) for row, end in zip(tokens.tolist(), ends, strict=True)}
+
+    trained = set().union(*(contexts(task.training_batch(0, s, 64).tokens) for s in range(100)))
     for name, examples in task.evaluation_sets().items():
-        if isinstance(task, Reversal) and examples.x <= 5:
-            continue
-        for tokens in examples.tokens:
-            assert tokens[tokens != PAD].tobytes() not in trained, name
+        if not (isinstance(task, Reversal) and examples.x <= 5):
+            assert not trained & contexts(examples.tokens), name
 
 
 def test_reversal_is_never_trained_on_longer_sequences():
@@ -163,12 +186,43 @@ def test_recall_trains_on_all_kinds():
     # One of the four kinds asks for two values, the others ask twelve questions.
     assert set(answers) == {2, 12}
     assert abs((answers == 2).mean() - 0.25) < 0.11  # 5 standard deviations
-    noise = {len(set(row)) for row in task.training_batch(0, 0, 400).tokens}
-    assert len(noise) > 5
+
+
+def test_the_kinds_of_recall_differ_in_the_keys_of_the_context_and_in_what_is_asked():
+    task = Recall(factors=(1,))
+    # Keys of a context, how often each is there, and how many different ones are asked for.
+    expected = {
+        "single": ([1], 1, 1),
+        "multi_key": ([1] * task.needles, 1, 1),
+        "multi_value": ([1] * (task.needles - task.asked) + [task.asked], 1, task.asked),
+        "multi_query": ([1] * task.needles, task.asked, task.asked),
+    }
+    for kind, (counts, keys_asked, values_asked) in expected.items():
+        examples = task.evaluation_sets()[f"{kind}_{task.length}"]
+        for tokens, answers in zip(examples.tokens, examples.answers, strict=True):
+            end = tokens.tolist().index(2)
+            is_key = (tokens >= 3) & (tokens < 3 + task.keys)
+            found = collections.Counter(tokens[:end][is_key[:end]])
+            assert sorted(found.values()) == counts, kind
+            assert len(set(tokens[end:][is_key[end:]])) == keys_asked, kind
+            assert len(set(tokens[answers])) == answers.sum() == values_asked, kind
+
+
+@settings(max_examples=30)
+@given(task=recalls())
+def test_longer_recall_has_longer_rows_than_training_and_the_same_size_the_same_context(task):
+    for examples in task.evaluation_sets().values():
+        factor, length = examples.x // task.length, examples.tokens.shape[1]
+        if factor > 1:
+            assert length >= (factor - 0.1) * task.length
+        else:
+            ends = (examples.tokens == 2).argmax(1)
+            assert set(ends) == {1 + task.context}
+            assert length <= task.length
 
 
 def test_values_of_one_key_are_asked_for_in_the_order_of_the_context():
-    examples = Recall().evaluation_sets()["multi_value_64"]
+    examples = Recall().evaluation_sets()["multi_value_101"]
     for tokens, answers in zip(examples.tokens, examples.answers, strict=True):
         asked = list(tokens[answers])
         context = list(tokens[: tokens.tolist().index(2)])
@@ -192,18 +246,27 @@ def test_graph_answers_are_balanced_and_no_connected_pair_has_an_edge(factor):
         assert len(counts) == size
         bound = 5 * math.sqrt(4000 * (1 / size) * (1 - 1 / size))
         assert all(abs(count - 4000 / size) < bound for count in counts.values())
-    examples = sets[f"connectivity_{nodes}"]
-    degrees = {0: [], 1: []}
-    for tokens in examples.tokens[:500]:
+    for tokens in sets[f"connectivity_{nodes}"].tokens[:500]:
         end = tokens.tolist().index(3)
         edges = tokens[1:end].reshape(-1, 3)[:, 1:]
-        a, b = tokens[end + 1 : end + 3]
-        assert {a, b} not in [set(edge) for edge in edges.tolist()]
-        yes = int(tokens[end + 3] == 6)
-        degrees[yes].append(((edges == a) | (edges == b)).sum())
-    # Neither does the number of their edges tell.
-    difference = np.mean(degrees[0]) - np.mean(degrees[1])
-    assert abs(difference) < 5 * math.sqrt(np.var(degrees[0]) / 250 + np.var(degrees[1]) / 250)
+        assert set(tokens[end + 1 : end + 3]) not in [set(edge) for edge in edges.tolist()]
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_the_edges_of_neither_node_tell_whether_they_are_connected(factor):
+    task = Graphs(examples=20_000, factors=(factor,))
+    tokens = task.evaluation_sets()[f"connectivity_{factor * task.nodes}"].tokens
+    edges, asked, yes = (
+        tokens[:, 1:-4].reshape(len(tokens), -1, 3),
+        tokens[:, -3:-1],
+        tokens[:, -1] == 6,
+    )
+    for end in asked.T:
+        degrees = (edges[..., 1:] == end[:, None, None]).sum((1, 2))
+        difference = degrees[yes].mean() - degrees[~yes].mean()
+        error = math.sqrt(degrees[yes].var() / yes.sum() + degrees[~yes].var() / (~yes).sum())
+        assert 5 * error < 0.1
+        assert abs(difference) < 5 * error
 
 
 def test_an_example_is_right_only_if_all_its_answers_are():
@@ -259,6 +322,17 @@ def test_examples_can_be_written_and_read_as_text(task, tmp_path):
         (lambda: Graphs(nodes=7), "graphs.nodes is 7; it must be even and at least 14"),
         (lambda: Graphs(names=20), "graphs.names is 20; there are graphs of 32 nodes"),
         (lambda: Text(context=1), "text.context is 1; it must be at least 2"),
+        (lambda: Graphs(chords=-1), "graphs.chords is -1; it must be 0 or more"),
+        *(
+            (lambda task=task, option=option, value=value: task(**{option: value}), said)
+            for task in (Reversal, Recall, Tables, Graphs, Text)
+            for sizes in ["test_lengths" if task is Reversal else "factors"]
+            for option, value, said in (
+                (sizes, (), rf"{task.__name__.lower()}\.{sizes} is empty; give one or more"),
+                (sizes, (2, 0), rf"\.{sizes} has 0; it must be 1 or more"),
+                ("examples", 0, r"\.examples is 0; it must be 1 or more"),
+            )
+        ),
     ],
 )
 def test_impossible_difficulties_are_refused(make, said):

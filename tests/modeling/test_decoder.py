@@ -140,6 +140,23 @@ def test_attention_remat_keeps_attention_and_less_than_everything():
     assert full < attention < none
 
 
+@pytest.mark.parametrize("positions", [PositionConfig(), PositionConfig("cope")])
+def test_weights_that_make_positions_may_have_a_spread_of_their_own(positions):
+    drawn = []
+    for std in (None, 0.1):
+        own = dataclasses.replace(positions, init_std=std)
+        _, params = made(config(positions=own, init_std=0.02))
+        drawn.append(
+            jax.tree_util.tree_map_with_path(lambda p, x: (p, np.asarray(x).std()), params)
+        )
+    pairs = zip(
+        *(jax.tree.leaves(d, is_leaf=lambda x: isinstance(x, tuple)) for d in drawn), strict=True
+    )
+    for (path, before), (_, after) in pairs:
+        is_position = "_map" in str(path) or "position_kernel" in str(path)
+        assert after == pytest.approx(5 * before if is_position else before, rel=1e-3), path
+
+
 def test_bfloat16_activations_are_close_to_float32():
     model, params = made(config(init_std=0.02))
     halved = RePoLM(dataclasses.replace(model.config, dtype="bfloat16"))

@@ -7,6 +7,7 @@ import numpy as np
 import tokenizers
 
 from repo_jax.data import Tokenizer
+from repo_jax.errors import ConfigError
 
 # Beginnings of vocabularies that all tasks but text share.
 PAD, START = 0, 1
@@ -129,6 +130,21 @@ class Task(Protocol):
 
     def oracle(self, prompts: np.ndarray) -> np.ndarray:
         """int32 [n, T]: `prompts` of an evaluation set with every -1 replaced by the answer."""
+
+
+def check_positive(task: str, **options: int | tuple[int, ...]) -> None:
+    """Refuses empty lists and numbers below 1.
+
+    Raises:
+      ConfigError: names the task's option.
+    """
+    for name, value in options.items():
+        if value == ():
+            raise ConfigError(f"{task}.{name} is empty; give one or more")
+        least = min(value) if isinstance(value, tuple) else value
+        if least < 1:
+            has = "has" if isinstance(value, tuple) else "is"
+            raise ConfigError(f"{task}.{name} {has} {least}; it must be 1 or more")
 
 
 def training_rng(seed: int, step: int) -> np.random.Generator:

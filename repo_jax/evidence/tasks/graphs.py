@@ -11,6 +11,7 @@ from repo_jax.evidence.tasks.base import (
     START,
     EvaluationSet,
     Examples,
+    check_positive,
     distinct,
     padded,
     shuffled,
@@ -34,7 +35,12 @@ class Graphs:
     two nodes are connected.
 
     `connectivity`: `<connected> a b yes|no`, half of each, connected nodes never being
-    neighbours. `shortest_path`: `<distance> a b d`, each distance 1 to `farthest` as often.
+    neighbours. Where they are apart, b is the second of a pair drawn by the same rule in the other
+    half, so the number of edges of neither tells the answer. Less than a search still beats
+    chance: to say yes where the two have a common neighbour is right 73 % of the time with the
+    default difficulty, 62 % in graphs of twice the size.
+
+    `shortest_path`: `<distance> a b d`, each distance 1 to `farthest` as often.
 
     Attributes:
       nodes: in training; even.
@@ -58,6 +64,9 @@ class Graphs:
 
     def __post_init__(self):
         object.__setattr__(self, "factors", tuple(self.factors))
+        check_positive("graphs", factors=self.factors, examples=self.examples)
+        if self.chords < 0:
+            raise ConfigError(f"graphs.chords is {self.chords}; it must be 0 or more")
         path = self.farthest + self.chords + 1
         if self.nodes % 2 or self.nodes < 2 * path:
             raise ConfigError(
@@ -156,27 +165,20 @@ class Graphs:
         n, half = len(distance), nodes // 2
         each = np.arange(n)
         edges = self._half(rng, n, half)
-        # Distances up to `farthest` in the first half, where connected pairs are taken from.
-        adjacent = np.zeros((n, half, half), bool)
-        adjacent[each[:, None], edges[..., 0], edges[..., 1]] = True
-        adjacent |= adjacent.transpose(0, 2, 1)
-        steps = np.full((n, half, half), self.farthest + 1)
-        reached = np.broadcast_to(np.eye(half, dtype=bool), steps.shape)
-        for d in range(self.farthest + 1):
-            steps = np.where(reached & (steps > d), d, steps)
-            # float32 products are fast, and exact for such small counts.
-            reached = reached.astype(np.float32) @ adjacent.astype(np.float32) > 0
+        other = self._half(rng, n, half)
         wanted = rng.integers(1, self.farthest, n, endpoint=True)
         connected = rng.random(n) < 0.5
-        fits = np.where(distance[:, None, None], steps == wanted[:, None, None], steps > 1).reshape(
-            n, -1
-        )
-        pair = (rng.random(fits.shape) * fits).argmax(1)
-        a, b = pair // half, pair % half
-        apart = ~distance & ~connected
+
+        def pair(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            steps = self._steps(edges, half)
+            fits = np.where(distance[:, None, None], steps == wanted[:, None, None], steps > 1)
+            fits = fits.reshape(n, -1)
+            return np.divmod((rng.random(fits.shape) * fits).argmax(1), half)
+
+        a, b = pair(edges)
         # The halves' names are drawn, so it does not matter which half the first node is in.
-        b = np.where(apart, half + rng.integers(half, size=n), b)
-        edges = np.concatenate([edges, half + self._half(rng, n, half)], 1)
+        b = np.where(distance | connected, b, half + pair(other)[1])
+        edges = np.concatenate([edges, half + other], 1)
         names = _FIRST + self.farthest + distinct(rng, n, nodes, self.names)
         named = names[each[:, None, None], edges]
         (named,) = shuffled(rng, named)
@@ -195,6 +197,19 @@ class Graphs:
         answers = np.zeros(tokens.shape, bool)
         answers[:, -1] = True
         return padded(tokens, answers, tokens.shape[1])
+
+    def _steps(self, edges: np.ndarray, size: int) -> np.ndarray:
+        """Steps from each node to each, int [n, size, size]; `farthest` + 1 if there are more."""
+        adjacent = np.zeros((len(edges), size, size), bool)
+        adjacent[np.arange(len(edges))[:, None], edges[..., 0], edges[..., 1]] = True
+        adjacent |= adjacent.transpose(0, 2, 1)
+        steps = np.full(adjacent.shape, self.farthest + 1)
+        reached = np.broadcast_to(np.eye(size, dtype=bool), steps.shape)
+        for d in range(self.farthest + 1):
+            steps = np.where(reached & (steps > d), d, steps)
+            # float32 products are fast, and exact for such small counts.
+            reached = reached.astype(np.float32) @ adjacent.astype(np.float32) > 0
+        return steps
 
     def _half(self, rng: np.random.Generator, n: int, size: int) -> np.ndarray:
         """Edges of a connected graph: int [n, size - 1 + chords, 2]."""

@@ -11,6 +11,7 @@ from repo_jax.evidence.tasks.base import (
     START,
     EvaluationSet,
     Examples,
+    check_positive,
     distinct,
     padded,
     test_rng,
@@ -27,20 +28,27 @@ KINDS = ("single", "multi_key", "multi_value", "multi_query")
 class Recall:
     """`<start>`, noise in which needles `key value` and lone values stand, `<ask> key value`.
 
-    As in RULER (arXiv 2404.06654), in four kinds, a quarter of training each: `single`, one
-    needle; `multi_key`, `needles` with different keys, one asked for; `multi_value`, as many, of
-    which `asked` have the key asked for, whose values are given in the order of the context;
-    `multi_query`, as many, `asked` of which are asked for one after the other.
+    As in RULER (arXiv 2404.06654), in four kinds: `single`, one needle; `multi_key`, `needles`
+    with different keys, one asked for; `multi_value`, as many, of which `asked` have the key asked
+    for, whose values are given in the order of the context; `multi_query`, as many, `asked` of
+    which are asked for one after the other.
 
-    In training there are `questions` of them, but for `multi_value`, and a needle may be asked for
-    again: with one question a row, hardly any model learns to find keys in some thousand steps.
+    In training a quarter of the rows is of each kind. There are `questions` in a row, but for
+    `multi_value`: with one question a row, hardly any model learns to find keys in some thousand
+    steps. So `multi_key` and `multi_query` are the same in training, and once `questions` are
+    more than the needles, most of them repeat an earlier one. Each kind has the same weight only
+    if the loss is a mean over examples.
+
+    Tests have few questions. Rows `factor` times as long as in training therefore have contexts
+    that are more than so many times longer; with the factor 1 the context is that of training,
+    and rows are shorter by the questions that are left out.
 
     A context has `needles` + `lone` values, all different, whatever its kind and length. There
     are so many contexts that none is met twice.
 
     Attributes:
       context: tokens of the context in training.
-      factors: how many times longer the contexts of the evaluation sets are.
+      factors: how many times longer the rows of the evaluation sets are; see above.
       needles, asked, questions: see above.
       lone: values without a key, beside a full number of needles.
       keys, values, noise: different tokens of each sort.
@@ -60,11 +68,12 @@ class Recall:
     examples: int = 250
     test_seed: int = 0
 
-    x_label: ClassVar[str] = "tokens of context"
+    x_label: ClassVar[str] = "tokens"
     metric: ClassVar[str] = "exact"
 
     def __post_init__(self):
         object.__setattr__(self, "factors", tuple(self.factors))
+        check_positive("recall", factors=self.factors, examples=self.examples)
         limits = {
             "asked": (1, self.needles, "recall.needles"),
             "needles": (1, self.keys, "recall.keys"),
@@ -95,8 +104,8 @@ class Recall:
 
     @property
     def trained_to(self) -> int:
-        """Tokens of the context."""
-        return self.context
+        """Tokens of the longest rows."""
+        return self.length
 
     def symbols(self) -> tuple[str, ...]:
         """key7, value3, noise0 and so on."""
@@ -127,12 +136,14 @@ class Recall:
         sets = {}
         for i, kind in enumerate(KINDS):
             for factor in self.factors:
-                context = factor * self.context
-                rng = test_rng(self.test_seed, i, context)
+                length = factor * self.length
+                rng = test_rng(self.test_seed, i, length)
                 asked = self.asked if kind in ("multi_value", "multi_query") else 1
+                question = 2 + asked if kind == "multi_value" else 3 * asked
+                context = self.context if factor == 1 else length - 1 - question
                 made, choices = self._examples(rng, kind, self.examples, context, asked)
-                found = EvaluationSet(made.tokens, made.answers, context, kind, choices)
-                sets[f"{kind}_{context}"] = found
+                found = EvaluationSet(made.tokens, made.answers, length, kind, choices)
+                sets[f"{kind}_{length}"] = found
         return sets
 
     def oracle(self, prompts: np.ndarray) -> np.ndarray:

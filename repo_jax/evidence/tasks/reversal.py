@@ -13,6 +13,7 @@ from repo_jax.evidence.tasks.base import (
     START,
     EvaluationSet,
     Examples,
+    check_positive,
     test_rng,
     training_rng,
     word_tokenizer,
@@ -49,6 +50,7 @@ class Reversal:
 
     def __post_init__(self):
         object.__setattr__(self, "test_lengths", tuple(self.test_lengths))
+        check_positive("reversal", test_lengths=self.test_lengths, examples=self.examples)
         if not 0 < self.shortest <= self.longest:
             raise ConfigError(
                 f"reversal.shortest is {self.shortest}; it must be 1 to reversal.longest "

@@ -11,6 +11,7 @@ from repo_jax.evidence.tasks.base import (
     START,
     EvaluationSet,
     Examples,
+    check_positive,
     distinct,
     padded,
     test_rng,
@@ -52,6 +53,7 @@ class Tables:
 
     def __post_init__(self):
         object.__setattr__(self, "factors", tuple(self.factors))
+        check_positive("tables", factors=self.factors, examples=self.examples)
         most = self.rows * max(self.factors)
         for name, least, why in (
             ("rows", 2, "a table has two or more"),

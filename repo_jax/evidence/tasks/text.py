@@ -9,7 +9,12 @@ import numpy as np
 from repo_jax.config import DataConfig
 from repo_jax.data import Corpus, Tokenizer, byte_tokenizer, cached_corpus
 from repo_jax.errors import ConfigError
-from repo_jax.evidence.tasks.base import EvaluationSet, Examples, training_rng
+from repo_jax.evidence.tasks.base import (
+    EvaluationSet,
+    Examples,
+    check_positive,
+    training_rng,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Text:
 
     def __post_init__(self):
         object.__setattr__(self, "factors", tuple(self.factors))
+        check_positive("text", factors=self.factors, examples=self.examples)
         if self.context < 2:
             raise ConfigError(f"text.context is {self.context}; it must be at least 2")
 
