@@ -47,6 +47,7 @@ class Experiment:
       model: the shape.
       optimizer: as in a training config.
       position_rate: a factor on the learning rate of f_phi.
+      position_init_std: of new weights that make positions; None: the model's `init_std`.
       steps, batch_size: of the training.
       z_loss: weight of mean(logsumexp ** 2).
       loss_over: what the loss of a batch is a mean over: all its `answers`, or its `examples`, of
@@ -62,6 +63,7 @@ class Experiment:
     model: ModelSize = ModelSize()
     optimizer: OptimizerConfig = _OPTIMIZER
     position_rate: float = 1.0
+    position_init_std: float | None = None
     steps: int = 2500
     batch_size: int = 32
     z_loss: float = 1e-4
@@ -191,6 +193,10 @@ class Cell:
             eos_ids=(self.task.tokenizer().eos_id,),
             positions=PositionConfig(preset="rope"),
             dtype=self.dtype,
+        )
+        std = self.definition.position_init_std
+        found = dataclasses.replace(
+            found, positions=dataclasses.replace(found.positions, init_std=std)
         )
         return found, methods.matched(rope, found.positions)
 
