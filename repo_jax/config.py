@@ -151,6 +151,8 @@ class DecoderConfig:
       rope_theta: base of the rotary frequencies.
       norm_eps: of every RMSNorm.
       init_std: standard deviation of the truncated normal (cut at 3 sigma) of all weights.
+      embedding_init_std: of the embedding; None: `init_std`. Blocks have no norm in front, so f_phi
+        of the first layers reads nearly nothing where embeddings are small.
       positions: see `PositionConfig`.
       rope_scaling: YaRN, or None.
       eos_ids: ids that end a document; the first is the one written between documents.
@@ -173,6 +175,7 @@ class DecoderConfig:
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-6
     init_std: float = 0.02
+    embedding_init_std: float | None = None
     positions: PositionConfig = PositionConfig()
     rope_scaling: RopeScaling | None = None
     eos_ids: tuple[int, ...] = ()
@@ -189,6 +192,7 @@ class DecoderConfig:
             "model",
             *("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "n_kv_heads"),
             *("head_dim", "max_length", "rope_theta", "norm_eps", "init_std"),
+            "embedding_init_std",
         )
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)

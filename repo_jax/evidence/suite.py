@@ -27,7 +27,8 @@ class ModelSize:
     """The shape of a RoPE model, which the others are matched to.
 
     Attributes:
-      d_model, n_layers, n_heads, d_ff, rope_theta, init_std: as in `DecoderConfig`.
+      d_model, n_layers, n_heads, d_ff, rope_theta, init_std, embedding_init_std: as in
+        `DecoderConfig`.
     """
 
     d_model: int = 128
@@ -36,6 +37,7 @@ class ModelSize:
     d_ff: int = 352
     rope_theta: float = 10_000.0
     init_std: float = 0.02
+    embedding_init_std: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,7 +71,7 @@ class RePoLM(nn.Module):
             c.vocab_size,
             c.d_model,
             param_dtype=c.param_dtype,
-            embedding_init=init_weights(c.init_std, ("vocab", "embed")),
+            embedding_init=init_weights(c.embedding_init_std or c.init_std, ("vocab", "embed")),
         )
         self.layers = self.param("layers", functools.partial(_init_layers, config=c))
         self.final_norm = RMSNorm(c, ("norm",))

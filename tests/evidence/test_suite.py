@@ -37,13 +37,17 @@ def test_a_model_too_small_to_be_matched_is_refused():
         matched(tiny, method("repo_all", 2).positions)
 
 
-def test_positions_may_begin_with_a_spread_of_their_own():
-    suite = load("laptop", experiments=["recall"], methods=["repo"])
-    _, config = suite.cells()[0].method_and_model()
-    assert (config.init_std, config.position_init_std) == (0.1, 0.02)
-    suite = load("laptop", experiments=["reversal"], methods=["repo"])
-    _, config = suite.cells()[0].method_and_model()
-    assert config.init_std == config.position_init_std == 0.02
+def test_embeddings_and_positions_may_begin_with_a_spread_of_their_own():
+    def spreads(*changes):
+        suite = load("laptop", experiments=["recall"], methods=["repo"], changes=changes)
+        _, config = suite.cells()[0].method_and_model()
+        return config.init_std, config.embedding_init_std, config.position_init_std
+
+    assert spreads() == (0.125, 1.0, 0.125)
+    recall = "experiments.recall"
+    assert spreads(
+        f"{recall}.position_init_std=0.02", f"{recall}.model.embedding_init_std=null"
+    ) == (0.125, None, 0.02)
 
 
 def test_methods_are_what_their_names_say():

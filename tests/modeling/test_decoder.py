@@ -157,6 +157,15 @@ def test_weights_that_make_positions_may_have_a_spread_of_their_own(positions):
         assert after == pytest.approx(5 * before if is_position else before, rel=1e-3), path
 
 
+def test_the_embedding_may_have_a_spread_of_its_own():
+    (_, before), (_, after) = (made(config(embedding_init_std=std)) for std in (None, 1.0))
+    spread = lambda params: float(np.asarray(params["embedding"]["embedding"]).std())
+    assert spread(after) == pytest.approx(spread(before) / config().init_std, rel=1e-5)
+    jax.tree.map(
+        np.testing.assert_array_equal, {**after, "embedding": 0}, {**before, "embedding": 0}
+    )
+
+
 def test_bfloat16_activations_are_close_to_float32():
     model, params = made(config(init_std=0.02))
     halved = RePoLM(dataclasses.replace(model.config, dtype="bfloat16"))
