@@ -21,11 +21,11 @@ import optax
 from repo_jax.config import OptimizerConfig, TrainingConfig
 from repo_jax.evidence import about
 from repo_jax.evidence.methods import parameter_count
-from repo_jax.evidence.suite import Cell, Experiment, definition
+from repo_jax.evidence.suite import Cell, definition
 from repo_jax.evidence.tasks import EvaluationSet, score
 from repo_jax.flops import model_flops_per_token
 from repo_jax.interop import save_pretrained
-from repo_jax.modeling import RePoLM, init_params
+from repo_jax.modeling import RePoLM, abstract_params, init_params
 from repo_jax.training.loss import cross_entropy
 from repo_jax.training.optimizer import make_optimizer
 from repo_jax.training.step import TrainState, create_state
@@ -157,15 +157,9 @@ def _train(cells: Sequence[Cell], model: RePoLM, index_weight: float, watch: Wat
     seconds of a step, for all cells together, without compilation."""
     run, task, several = cells[0].definition, cells[0].task, len(cells) > 1
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees) if several else trees[0]
-    params = [init_params(model, jax.random.key(cell.seed)) for cell in cells]
-    optimizer = make_optimizer(
-        _optimizer_config(cells[0], "repo" in model.config.kinds),
-        TrainingConfig(steps=run.steps),
-        params[0],
-    )
+    optimizer, steps = training_steps(cells[0], model, index_weight)
     new = jax.jit(lambda params: create_state(params, optimizer, seed=0))
-    state = stack([new(p) for p in params])
-    steps = _steps(model, optimizer, index_weight, run)
+    state = stack([new(init_params(model, jax.random.key(cell.seed))) for cell in cells])
     steps = jax.jit(jax.vmap(steps) if several else steps, donate_argnums=0)
 
     def batches(cell: Cell, first: int):
@@ -192,14 +186,21 @@ def _train(cells: Sequence[Cell], model: RePoLM, index_weight: float, watch: Wat
     return state.params, np.concatenate(losses, 1), float(np.median(seconds))
 
 
-def _steps(
-    model: RePoLM, optimizer: optax.GradientTransformation, index_weight: float, run: Experiment
-):
-    """`steps(state, tokens, answers) -> state, losses`, on as many batches as are stacked.
+def training_steps(
+    cell: Cell, model: RePoLM, index_weight: float
+) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimizer, and `steps(state, tokens, answers) -> state, losses` on as many batches as
+    are stacked, to be jitted by the caller.
 
-    tokens int32 [K, B, T], answers bool [K, B, T]; losses float32 [K], the mean cross-entropy over
-    each batch, as `run.loss_over` says.
+    state: `create_state` of the optimizer; tokens int32 [K, B, T]; answers bool [K, B, T]; losses
+    float32 [K], the mean cross-entropy over each batch, as the experiment's `loss_over` says.
     """
+    run = cell.definition
+    optimizer = make_optimizer(
+        _optimizer_config(cell, "repo" in model.config.kinds),
+        TrainingConfig(steps=run.steps),
+        abstract_params(model),
+    )
 
     def loss(params, tokens, answers):
         targets = jnp.roll(tokens, -1, axis=1)
@@ -218,7 +219,7 @@ def _steps(
         params = optax.apply_updates(state.params, updates)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), ce
 
-    return lambda state, tokens, answers: jax.lax.scan(step, state, (tokens, answers))
+    return optimizer, lambda state, tokens, answers: jax.lax.scan(step, state, (tokens, answers))
 
 
 def _evaluate(cells: Sequence[Cell], model: RePoLM, params, index_weight: float):
