@@ -168,6 +168,7 @@ class _Run:
         path = out / "expected.json"
         self.expected: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
         self.line_at = 0.0
+        self.at_a_time = 1
 
     def check_time(self) -> None:
         """Refuses a time in which no cell can end."""
@@ -208,6 +209,7 @@ class _Run:
 
     def in_workers(self, stop: Stop, limit: int) -> None:
         """Cells in processes, `limit` of them at a time."""
+        self.at_a_time = limit
         waiting = [group[0] for group in self.missing()]
         running: dict[Worker, float] = {}
         self._say(waiting, {})
@@ -313,7 +315,8 @@ class _Run:
             whole = self._expected(worker.cell, running)
             expected.append(None if whole is None else max(0.0, whole - (now - began)))
         if expected and None not in expected:
-            parts.append(f"about {sum(expected) / max(1, len(running)) / 60:.0f} min left")
+            at_a_time = min(self.at_a_time, len(expected))
+            parts.append(f"about {sum(expected) / at_a_time / 60:.0f} min left")
         print("; ".join(parts), file=sys.stderr, flush=True)
 
 

@@ -88,14 +88,6 @@ def score(predicted: np.ndarray, examples: Examples) -> Score:
     )
 
 
-def word_tokenizer(symbols: tuple[str, ...]) -> Tokenizer:
-    """Ids of words with white space between; the first, which stands for padding, ends texts."""
-    ids = {symbol: i for i, symbol in enumerate(symbols)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=symbols[PAD]))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return Tokenizer(backend, PAD)
-
-
 class Task(Protocol):
     """A source of examples; its attributes are its difficulty.
 
@@ -130,6 +122,27 @@ class Task(Protocol):
 
     def oracle(self, prompts: np.ndarray) -> np.ndarray:
         """int32 [n, T]: `prompts` of an evaluation set with every -1 replaced by the answer."""
+
+
+class WordTask:
+    """What tasks have in common whose tokens are words of their own."""
+
+    def symbols(self) -> tuple[str, ...]:
+        """Names of the tokens, those of `PAD` and `START` first."""
+        raise NotImplementedError
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of `symbols`."""
+        return len(self.symbols())
+
+    def tokenizer(self) -> Tokenizer:
+        """Of `symbols`, with white space between; the first, for padding, ends texts."""
+        symbols = self.symbols()
+        ids = {symbol: i for i, symbol in enumerate(symbols)}
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=symbols[PAD]))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        return Tokenizer(backend, PAD)
 
 
 def check_positive(task: str, **options: int | tuple[int, ...]) -> None:

@@ -5,19 +5,18 @@ from typing import ClassVar
 
 import numpy as np
 
-from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.evidence.tasks.base import (
     START,
     EvaluationSet,
     Examples,
+    WordTask,
     check_positive,
     distinct,
     padded,
     shuffled,
     test_rng,
     training_rng,
-    word_tokenizer,
 )
 
 _EDGE, _CONNECTED, _DISTANCE, _NO, _YES, _FIRST = 2, 3, 4, 5, 6, 7
@@ -26,7 +25,7 @@ KINDS = ("connectivity", "shortest_path")
 
 
 @dataclasses.dataclass(frozen=True)
-class Graphs:
+class Graphs(WordTask):
     """`<edge> a b` for each edge, in any order and direction, then a question and its answer.
 
     A graph has two connected halves that are made alike: a path of `farthest + chords` edges,
@@ -82,11 +81,6 @@ class Graphs:
             )
 
     @property
-    def vocab_size(self) -> int:
-        """Special tokens, distances and nodes."""
-        return _FIRST + self.farthest + self.names
-
-    @property
     def length(self) -> int:
         """Tokens of an example."""
         return self._tokens(self.nodes)
@@ -103,10 +97,6 @@ class Graphs:
             *(str(i + 1) for i in range(self.farthest)),
             *(f"node{i}" for i in range(self.names)),
         )
-
-    def tokenizer(self) -> Tokenizer:
-        """Of `symbols`, with spaces between."""
-        return word_tokenizer(self.symbols())
 
     def training_batch(self, seed: int, step: int, batch_size: int) -> Examples:
         """Rows of kinds drawn for each."""

@@ -5,18 +5,17 @@ from typing import ClassVar
 
 import numpy as np
 
-from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.evidence.tasks.base import (
     START,
     EvaluationSet,
     Examples,
+    WordTask,
     check_positive,
     distinct,
     padded,
     test_rng,
     training_rng,
-    word_tokenizer,
 )
 
 _ASK, _FIRST = 2, 3
@@ -25,7 +24,7 @@ KINDS = ("single", "multi_key", "multi_value", "multi_query")
 
 
 @dataclasses.dataclass(frozen=True)
-class Recall:
+class Recall(WordTask):
     """`<start>`, noise in which needles `key value` and lone values stand, `<ask> key value`.
 
     As in RULER (arXiv 2404.06654), in four kinds: `single`, one needle; `multi_key`, `needles`
@@ -93,11 +92,6 @@ class Recall:
             )
 
     @property
-    def vocab_size(self) -> int:
-        """Special tokens, keys, values and noise."""
-        return _FIRST + self.keys + self.values + self.noise
-
-    @property
     def length(self) -> int:
         """Tokens of the kinds with the most questions."""
         return 1 + self.context + 3 * self.questions
@@ -112,10 +106,6 @@ class Recall:
         sorts = (("key", self.keys), ("value", self.values), ("noise", self.noise))
         numbered = (f"{name}{i}" for name, n in sorts for i in range(n))
         return ("<pad>", "<start>", "<ask>", *numbered)
-
-    def tokenizer(self) -> Tokenizer:
-        """Of `symbols`, with spaces between."""
-        return word_tokenizer(self.symbols())
 
     def training_batch(self, seed: int, step: int, batch_size: int) -> Examples:
         """Rows of kinds drawn for each."""

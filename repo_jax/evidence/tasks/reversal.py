@@ -6,24 +6,23 @@ from typing import ClassVar
 
 import numpy as np
 
-from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.evidence.tasks.base import (
     PAD,
     START,
     EvaluationSet,
     Examples,
+    WordTask,
     check_positive,
     test_rng,
     training_rng,
-    word_tokenizer,
 )
 
 _TURN, _END, _FIRST = 2, 3, 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Reversal:
+class Reversal(WordTask):
     """`<start> a b c <turn> c b a`, and then `<end>` if asked for.
 
     No sequence longer than those of training is ever trained on; shorter test sequences may be.
@@ -60,11 +59,6 @@ class Reversal:
             raise ConfigError(f"reversal.alphabet is {self.alphabet}; it must be at least 2")
 
     @property
-    def vocab_size(self) -> int:
-        """Special tokens and letters."""
-        return _FIRST + self.alphabet
-
-    @property
     def length(self) -> int:
         """Tokens of the longest training example."""
         return self._tokens(self.longest)
@@ -79,10 +73,6 @@ class Reversal:
         names = string.ascii_lowercase + string.ascii_uppercase + string.digits
         letters = (names[i] if i < len(names) else f"x{i}" for i in range(self.alphabet))
         return ("<pad>", "<start>", "<turn>", "<end>", *letters)
-
-    def tokenizer(self) -> Tokenizer:
-        """Of `symbols`, with spaces between."""
-        return word_tokenizer(self.symbols())
 
     def training_batch(self, seed: int, step: int, batch_size: int) -> Examples:
         """Examples of lengths drawn for each row."""

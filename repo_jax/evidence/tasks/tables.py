@@ -5,18 +5,17 @@ from typing import ClassVar
 
 import numpy as np
 
-from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.evidence.tasks.base import (
     START,
     EvaluationSet,
     Examples,
+    WordTask,
     check_positive,
     distinct,
     padded,
     test_rng,
     training_rng,
-    word_tokenizer,
 )
 
 _ROW, _LOOKUP, _LARGEST, _FIRST = 2, 3, 4, 5
@@ -25,7 +24,7 @@ KINDS = ("lookup", "largest")
 
 
 @dataclasses.dataclass(frozen=True)
-class Tables:
+class Tables(WordTask):
     """The columns' names in any order, then `<row> name value value ...` for each row.
 
     `lookup`: `<lookup> row column value`. `largest`: `<largest> column row`, the row that has the
@@ -67,11 +66,6 @@ class Tables:
                 raise ConfigError(f"tables.{name} is {value}; it must be {least} or more: {why}")
 
     @property
-    def vocab_size(self) -> int:
-        """Special tokens, names and numbers."""
-        return _FIRST + self.row_names + self.column_names + self.numbers
-
-    @property
     def length(self) -> int:
         """Tokens of the largest training example."""
         return self._tokens(self.rows)
@@ -89,10 +83,6 @@ class Tables:
             *(f"column{i}" for i in range(self.column_names)),
             *map(str, range(self.numbers)),
         )
-
-    def tokenizer(self) -> Tokenizer:
-        """Of `symbols`, with spaces between."""
-        return word_tokenizer(self.symbols())
 
     def training_batch(self, seed: int, step: int, batch_size: int) -> Examples:
         """Tables of one size, drawn for the batch, and a question drawn for each row of it."""
