@@ -66,7 +66,8 @@ def analyse(
 
     Raises:
       ConfigError: `chunk`, `eps` or `prompts` is out of range, no needle prompt is as short as
-        `needle_length`, or the model's positions or its attention are not finite.
+        `needle_length`, the tokenizer lacks words of the prompts, or the model's positions or its
+        attention are not finite.
       ValueError: as `read` raises it, for the text or a prompt.
     """
     for what, value, least in (("chunk", chunk, 1), ("eps", eps, 0), ("prompts", prompts, 0)):
@@ -76,6 +77,7 @@ def analyse(
         length = model.config.max_length
         labelled = needle_prompts(tokenizer, length, needle_length, prompts=prompts, seed=seed)
     tables = [table_prompt(tokenizer, **_TABLE, seed=s) for s in range(seed, seed + prompts)]
+    _check_vocabulary(tokenizer, [table.text for table in tables], prompts)
 
     reading = read(model, params, tokenizer, text, name=name)
     positioned = [i for i, kind in enumerate(reading.kinds) if kind not in ("nope", "cope")]
@@ -100,7 +102,18 @@ def needle_prompts(
     """The needle prompts of `analyse`, for a model of this `max_length`."""
     if needle_length is None:
         needle_length = min(max(max_length, _SHORTEST_NEEDLE), _LONGEST_NEEDLE)
-    return [needle_prompt(tokenizer, needle_length, seed=seed + i) for i in range(prompts)]
+    made = [needle_prompt(tokenizer, needle_length, seed=seed + i) for i in range(prompts)]
+    _check_vocabulary(tokenizer, [prompt.text for prompt in made], prompts)
+    return made
+
+
+def _check_vocabulary(tokenizer: Tokenizer, texts: Sequence[str], prompts: int) -> None:
+    for text in texts:
+        if (unknown := tokenizer.unknown_in(text)) is not None:
+            raise ConfigError(
+                f"prompts is {prompts}; it must be 0, since the model's tokenizer cannot write the "
+                f"prompts made here: it has no token for {unknown!r}"
+            )
 
 
 def _shown(items, what: str):

@@ -117,6 +117,16 @@ class Tokenizer:
         encoding = self._backend.encode(text, add_special_tokens=False)
         return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int32).reshape(-1, 2)
 
+    def unknown_in(self, text: str) -> str | None:
+        """The first part of a text that the vocabulary has no token for, or None."""
+        name = getattr(self._backend.model, "unk_token", None)
+        unknown = None if name is None else self._backend.token_to_id(name)
+        if unknown is None:
+            return None
+        ids, spans = self.encode_with_spans(text)
+        found = spans[ids == unknown]
+        return text[slice(*found[0])] if len(found) else None
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens give nothing, incomplete UTF-8 gives U+FFFD.
 

@@ -24,6 +24,7 @@ from repo_jax.analysis.reading import read_positions
 from repo_jax.config import DecoderConfig, PositionConfig
 from repo_jax.data import byte_tokenizer
 from repo_jax.errors import ConfigError
+from repo_jax.evidence.tasks import Reversal
 from repo_jax.modeling import RePoLM, capture_positions, init_params
 from tests.tiny_runs import ROOT
 
@@ -188,6 +189,17 @@ def test_mistakes_are_told_before_anything_is_read(options, message):
     model, _ = make("rope", "repo", "nope")
     with pytest.raises(ConfigError, match=message):
         analyse(model, None, byte_tokenizer(), TEXT, name="m", **options)
+
+
+def test_a_tokenizer_that_cannot_write_the_prompts_is_told():
+    """It would read nothing but unknown words, of which no measure says anything."""
+    model, params = make("rope", "repo", "nope")
+    letters = Reversal().tokenizer()
+    with pytest.raises(ConfigError, match=r"prompts is 1; it must be 0, .* no token for 'Some'"):
+        analyse(model, params, letters, "a b", name="m", prompts=1)
+    with pytest.raises(ConfigError, match="it must be 0"):
+        analyse(model, params, letters, "a b", name="m", prompts=1, labelled=[None])
+    assert analyse(model, params, letters, "a b", name="m", prompts=0)[1].ranges
 
 
 @pytest.mark.parametrize(
