@@ -123,7 +123,8 @@ def _page(found: dict[str, Any], rows: Sequence[SummaryRow], drawn: dict[str, li
 
 
 def _table(rows: Sequence[SummaryRow], methods: Sequence[str], *, long: bool = False) -> list[str]:
-    """Methods down, sets across; `long`: with each seed, and whether sets can show differences."""
+    """Methods down, sets across; `long`: with each seed, and whether sets can show differences;
+    else as narrow as pages of a repository are."""
     several = len({row.experiment for row in rows}) > 1
     columns = list(dict.fromkeys((row.experiment, row.set) for row in rows))
     at = {(row.method, row.experiment, row.set): row for row in rows}
@@ -138,7 +139,8 @@ def _table(rows: Sequence[SummaryRow], methods: Sequence[str], *, long: bool = F
         lines.append(f"| {method} | {' | '.join(cells)} |")
     chances = [next(r.chance for r in rows if (r.experiment, r.set) == c) for c in columns]
     if any(chance is not None for chance in chances):
-        cells = ["-" if chance is None else _number(chance) for chance in chances]
+        digits = 3 if long else 2
+        cells = ["-" if chance is None else _number(chance, digits) for chance in chances]
         lines.append(f"| *chance* | {' | '.join(cells)} |")
     if long:
         by_set = [can_differ([r for r in rows if (r.experiment, r.set) == c]) for c in columns]
@@ -162,24 +164,28 @@ def _sets(rows: Sequence[SummaryRow]) -> list[dict[str, Any]]:
 def _cell(row: SummaryRow, long: bool) -> str:
     if row.value is None:
         return f"{row.diverged} of {row.seeds} diverged"
+    digits, between = (3, "; ") if long else (2, "<br>")
+    number = lambda value: _number(value, digits)
     whole = long or row.value.low is None
-    text = _interval(row.value, "") if whole else _number(row.value.mean)
+    text = _interval(row.value, digits) if whole else number(row.value.mean)
     if row.value.low is not None:
         each = row.value.values
-        shown = ", ".join(map(_number, each))
-        text += f" ({shown})" if long else f" ({_number(min(each))} to {_number(max(each))})"
-    return text if row.difference is None else f"{text}; {_interval(row.difference, '+')}"
+        shown = ", ".join(map(number, each))
+        text += f" ({shown})" if long else f" ({number(min(each))} to {number(max(each))})"
+    if row.difference is not None:
+        text += between + _interval(row.difference, digits, "+")
+    return text
 
 
-def _number(value: float, sign: str = "") -> str:
-    return f"{value:{sign}.3f}"
+def _number(value: float, digits: int, sign: str = "") -> str:
+    return f"{value:{sign}.{digits}f}"
 
 
-def _interval(found: Interval, sign: str) -> str:
-    mean, n = _number(found.mean, sign), len(found.values)
+def _interval(found: Interval, digits: int, sign: str = "") -> str:
+    mean, n = _number(found.mean, digits, sign), len(found.values)
     if found.low is None:
         return f"{mean} (all {n} equal)" if n > 1 else mean
-    return f"{mean} [{_number(found.low, sign)}, {_number(found.high, sign)}]"
+    return f"{mean} [{_number(found.low, digits, sign)}, {_number(found.high, digits, sign)}]"
 
 
 def _cost_table(records: Sequence[dict[str, Any]]) -> list[str]:

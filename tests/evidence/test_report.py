@@ -231,15 +231,15 @@ def test_the_table_of_a_readme_is_rewritten_and_nothing_else(folder, tmp_path):
         assert "old" not in text
         # The headline has one of the two lengths.
         assert "| method | length 30 |" in text
-        assert "| repo | 0.700 (0.500 to 0.800); +0.600 [+0.352, +0.848] |" in text
-        assert "| *chance* | 0.100 |" in text
+        assert "| repo | 0.70 (0.50 to 0.80)<br>+0.60 [+0.35, +0.85] |" in text
+        assert "| *chance* | 0.10 |" in text
         assert "(in parentheses the least and the most of them, or that all are equal)" in text
 
 
 def test_equal_values_are_called_equal_in_a_readme_too(tmp_path):
     write_results(tmp_path, headline=["length_20"])
     table = report.headline_table(results.load(tmp_path))
-    assert "| repo | 1.000 (all 3 equal); +0.100 [-0.148, +0.348] |" in table
+    assert "| repo | 1.00 (all 3 equal)<br>+0.10 [-0.15, +0.35] |" in table
 
 
 @pytest.mark.parametrize(
