@@ -178,7 +178,8 @@ def _cell(row: SummaryRow, long: bool) -> str:
 
 
 def _number(value: float, digits: int, sign: str = "") -> str:
-    return f"{value:{sign}.{digits}f}"
+    # No -0.00.
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
 def _interval(found: Interval, digits: int, sign: str = "") -> str:

@@ -236,6 +236,13 @@ def test_the_table_of_a_readme_is_rewritten_and_nothing_else(folder, tmp_path):
         assert "(in parentheses the least and the most of them, or that all are equal)" in text
 
 
+def test_nothing_is_minus_zero():
+    given = dict(headline=["length_20"])
+    records = [record("rope", 0, (0.5, 0), **given), record("repo", 0, (0.499, 0), **given)]
+    table = report.headline_table({"cells": records, "commands": []})
+    assert "| repo | 0.50<br>+0.00 |" in table
+
+
 def test_equal_values_are_called_equal_in_a_readme_too(tmp_path):
     write_results(tmp_path, headline=["length_20"])
     table = report.headline_table(results.load(tmp_path))
