@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from repo_jax.analysis import measures
 from repo_jax.analysis.attention_mass import attention_mass, visible_tokens
-from repo_jax.analysis.prompts import Labelled, Table, needle_prompt, table_prompt
+from repo_jax.analysis.prompts import Labelled, NeedleKind, Table, needle_prompt, table_prompt
 from repo_jax.analysis.reading import Reading, read, read_positions
 from repo_jax.analysis.records import (
     CorrelationRow,
@@ -35,6 +35,7 @@ def analyse(
     *,
     name: str,
     needle_length: int | None = None,
+    needle_kind: NeedleKind = "single",
     prompts: int = 8,
     chunk: int = 16,
     eps: float = 0.2,
@@ -56,6 +57,7 @@ def analyse(
       name: of the model, in all rows.
       needle_length: tokens of a needle prompt, at most. None: the model's `max_length`, but 512
         to 4096.
+      needle_kind: as in `needle_prompt`.
       prompts: how many needle prompts, and how many tables; 0: none.
       chunk, eps: of `measures.local_patterns`. A text shorter than a chunk has no patterns.
       seed: of the first needle prompt and of the first table; each following has the next one.
@@ -75,7 +77,9 @@ def analyse(
             raise ConfigError(f"{what} is {value}; it must be {least} or above")
     if not labelled:
         length = model.config.max_length
-        labelled = needle_prompts(tokenizer, length, needle_length, prompts=prompts, seed=seed)
+        labelled = needle_prompts(
+            *(tokenizer, length, needle_length, needle_kind), prompts=prompts, seed=seed
+        )
     tables = [table_prompt(tokenizer, **_TABLE, seed=s) for s in range(seed, seed + prompts)]
     _check_vocabulary(tokenizer, [table.text for table in tables], prompts)
 
@@ -97,12 +101,21 @@ def analyse(
 
 
 def needle_prompts(
-    tokenizer: Tokenizer, max_length: int, needle_length: int | None, *, prompts: int, seed: int
+    tokenizer: Tokenizer,
+    max_length: int,
+    needle_length: int | None,
+    needle_kind: NeedleKind,
+    *,
+    prompts: int,
+    seed: int,
 ) -> list[Labelled]:
     """The needle prompts of `analyse`, for a model of this `max_length`."""
     if needle_length is None:
         needle_length = min(max(max_length, _SHORTEST_NEEDLE), _LONGEST_NEEDLE)
-    made = [needle_prompt(tokenizer, needle_length, seed=seed + i) for i in range(prompts)]
+    made = [
+        needle_prompt(tokenizer, needle_length, kind=needle_kind, seed=seed + i)
+        for i in range(prompts)
+    ]
     _check_vocabulary(tokenizer, [prompt.text for prompt in made], prompts)
     return made
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from repo_jax import cli, plots
 from repo_jax.analysis import figures
 from repo_jax.analysis.analyse import analyse, needle_prompts
-from repo_jax.analysis.prompts import Labelled, read_labelled
+from repo_jax.analysis.prompts import Labelled, NeedleKind, read_labelled
 from repo_jax.analysis.reading import Reading
 from repo_jax.analysis.records import TABLES, Report
 from repo_jax.config import DecoderConfig, RopeScaling
@@ -54,6 +54,7 @@ class PositionsConfig:
         prompts; see `repo_jax.analysis.read_labelled`.
       needle_length: tokens of a needle prompt, at most. None: the model's `max_length`, but 512
         to 4096.
+      needle_kind: `single`, one needle; `multikey`, with needles of other keys beside it.
       prompts: how many needle prompts, and how many tables.
       seed: of these.
       host: with `serve`, whom to listen to; 0.0.0.0 lets everyone in the network in.
@@ -77,6 +78,7 @@ class PositionsConfig:
     eps: float = 0.2
     labelled: str | None = None
     needle_length: int | None = None
+    needle_kind: NeedleKind = "single"
     prompts: int = 8
     seed: int = 0
     host: str = "127.0.0.1"
@@ -155,9 +157,11 @@ def _sources(config: PositionsConfig) -> list[_Source]:
         if config.labelled:
             labelled = read_labelled(config.labelled, tokenizer)
         else:
-            options = dict(prompts=config.prompts, seed=config.seed)
-            length = config.needle_length
-            labelled = needle_prompts(tokenizer, found.max_length, length, **options)
+            labelled = needle_prompts(
+                *(tokenizer, found.max_length, config.needle_length, config.needle_kind),
+                prompts=config.prompts,
+                seed=config.seed,
+            )
         for text in labelled:
             _check_ids(text.ids, name, found)
         sources.append(

@@ -344,11 +344,12 @@ def test_the_table_says_what_the_rows_say():
     ]
 
 
-def test_needle_prompts_are_those_of_the_seed(folder, undrawn, tmp_path):
+@pytest.mark.parametrize("kind", ["single", "multikey"])
+def test_needle_prompts_are_those_of_the_seed_and_kind(folder, undrawn, tmp_path, kind):
     """The attention of the report is that to the prompts of needle_prompt."""
-    options = ["--run", "{folder}/run", "--text", "a", "--seed", "5", "--needle_length", "400"]
-    run(folder, *options, "--out", str(tmp_path / "out"))
-    prompt = needle_prompt(byte_tokenizer(), 400, seed=5)
+    options = ["--run", "{folder}/run", "--text", "a", "--seed", "5", "--needle_length", "500"]
+    run(folder, *options, "--needle_kind", kind, "--out", str(tmp_path / "out"))
+    prompt = needle_prompt(byte_tokenizer(), 500, kind=kind, seed=5)
     model, params = repo_jax.load_run(folder / "run")
     mass = repo_jax.analysis.attention_mass(
         model, params, prompt.ids, prompt.labels, prompt.queries
