@@ -15,6 +15,7 @@ import pytest
 from repo_jax import cli, convert, tokenize
 from repo_jax.analysis import command as analysis
 from repo_jax.evaluation import command as evaluation
+from repo_jax.evidence import command as evidence
 from repo_jax.inference import command as inference
 from repo_jax.planning import command as planning
 from repo_jax.training import command as training
@@ -35,6 +36,7 @@ COMMANDS = {
     "repo_jax.tokenize": tokenize.main,
     "repo_jax.plan": planning.main,
     "repo_jax.positions": analysis.main,
+    "repo_jax.evidence": evidence.main,
 }
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
