@@ -2,14 +2,15 @@
 
     python -m benchmarks.evidence_steps --suite laptop
 
-Contenders: the suite's methods, in models matched in parameters, as `repo_jax.evidence` trains
-them: the same program on the same batches, ten steps a call. Rounds alternate; see harness.py for
-that and for the intervals. The suite itself runs cells side by side, so its own times are an
-indication only.
+Contenders: the suite's methods, in models matched in parameters, on the same batches: the step that
+`repo_jax.evidence` takes for one seed, ten of them a call, on one core as there. Rounds alternate;
+see harness.py for that and for the intervals. The suite itself runs cells side by side, so its own
+times are an indication only.
 
 Limits:
 * One machine; small models, in which the methods differ more than in large ones.
 * Compilation and the making of batches are not counted.
+* Seeds that train together, as on a GPU, are another program.
 """
 
 import statistics
@@ -32,8 +33,9 @@ BASELINE = "rope"
 
 def options():
     p = harness.parser(__doc__.splitlines()[0])
+    p.set_defaults(threads=1)
     p.add_argument("--suite", default="laptop")
-    p.add_argument("--methods", default="", help="instead of the suite's, with commas between")
+    p.add_argument("--methods", default="", help="beside rope, instead of the suite's, with commas")
     return p
 
 
@@ -58,6 +60,7 @@ def main():
     args = options().parse_args()
     path = harness.prepare(args, f"evidence_steps_{args.suite}")
     methods = [name for name in args.methods.split(",") if name]
+    methods = list(dict.fromkeys([BASELINE, *methods])) if methods else []
     cells = load(args.suite, methods=methods, seeds=[args.seed]).cells()
     lines, data = [], {}
     for experiment in dict.fromkeys(cell.experiment for cell in cells):
@@ -82,7 +85,7 @@ def main():
             )
         head = ("method", "parameters", "MFLOP a token", "ms a step", "time / RoPE's", "95 %")
         run = next(iter(own.values())).definition
-        lines += [f"{experiment}: B {run.batch_size}, T {run.task.length}, float32.", ""]
+        lines += [f"{experiment}: B {run.batch_size}, T {run.task.length}, {cells[0].dtype}.", ""]
         lines += harness.table(head, rows)
         data[experiment] = found
     harness.report(path, f"Training steps of the suite {args.suite}", lines, data, args, None)

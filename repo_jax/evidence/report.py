@@ -50,7 +50,8 @@ def headline_table(found: dict[str, Any]) -> str:
     rows = [row for row in rows if row.metric == _first_metric(records, row.experiment)]
     meaning = (
         "Means over seeds (in parentheses the least and the most of them, or that all are equal); "
-        "then the mean difference to RoPE with the same seeds [its 95 % interval over seeds]."
+        "then the mean difference to RoPE with the same seeds [its 95 % interval over seeds, by "
+        "Student's t; ends may lie beyond what is possible]."
     )
     return "\n".join(
         [*_table(rows, methods_in(records)), "", meaning, "", *_warnings(found), _about_line(found)]
@@ -100,7 +101,8 @@ def _page(found: dict[str, Any], rows: Sequence[SummaryRow], drawn: dict[str, li
     ]
     for experiment in dict.fromkeys(row.experiment for row in rows):
         lines += [f"## {experiment}", ""]
-        lines += [f"![{experiment}]({name})" for name in drawn[experiment] if name.endswith("png")]
+        pictures = (name for name in drawn[experiment] if name.endswith("png"))
+        lines += [line for name in pictures for line in (f"![{experiment}]({name})", "")]
         own = [row for row in rows if row.experiment == experiment]
         for metric in dict.fromkeys(row.metric for row in own):
             for group in dict.fromkeys(row.group for row in own):
@@ -108,10 +110,10 @@ def _page(found: dict[str, Any], rows: Sequence[SummaryRow], drawn: dict[str, li
                 if not chosen:
                     continue
                 title = f"{group}: {_METRICS[metric]}" if group else _METRICS[metric]
-                lines += ["", f"### {title}", ""]
-                lines += _table(chosen, methods_in(records), long=True)
+                lines += [f"### {title}", ""]
+                lines += [*_table(chosen, methods_in(records), long=True), ""]
     lines += [
-        *("", "## Costs", ""),
+        *("## Costs", ""),
         "The time of a step is for one seed: where seeds trained together it is divided by their "
         "number. Times were measured beside other workers where cells shared the machine, and are "
         "an indication only.",
@@ -178,7 +180,9 @@ def _cell(row: SummaryRow, long: bool) -> str:
 
 
 def _number(value: float, digits: int, sign: str = "") -> str:
-    # No -0.00.
+    # A value that is nearly 0 or 1 does not look as if it were; and no -0.00.
+    if round(value, digits) in (-1, 0, 1) and round(value, 3) not in (-1, 0, 1):
+        digits = 3
     return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
@@ -191,8 +195,8 @@ def _interval(found: Interval, digits: int, sign: str = "") -> str:
 
 def _cost_table(records: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
-        "| experiment | method | parameters | MFLOP per token | ms per step and seed | RoPE's "
-        "| loss |",
+        "| experiment | method | parameters | MFLOP per token | ms per step and seed | time / RoPE's "
+        "| training loss, last 5 % |",
         "|---|---|---|---|---|---|---|",
     ]
     number = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
@@ -237,7 +241,7 @@ def _about_line(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {join(values)}" for name, values in about["versions"].items())
     return (
         f"{len(found['cells'])} trainings with seeds {', '.join(map(str, about['seeds']))}, "
-        f"{about['hours']:.1f} hours in all on {join(about['devices'])} "
+        f"{about['hours']:.1f} hours if one after the other, on {join(about['devices'])} "
         f"({join(about['cores'])} cores), {about['last'][:10]}; {versions}; commit "
         f"{join(about['commits'])}."
     )

@@ -186,7 +186,10 @@ def test_a_report_needs_the_results_file_alone(folder, tmp_path):
     assert "the test set is one, the same for all" in page
     assert page.index("`python -m repo_jax.evidence --suite laptop`") < page.index("`again`")
     assert "different commits" not in page
-    assert "6 trainings with seeds 0, 1, 2, 6.0 hours in all on a CPU (2 cores)" in page
+    assert (
+        "6 trainings with seeds 0, 1, 2, 6.0 hours if one after the other, on a CPU (2 cores)"
+        in page
+    )
     whole = json.loads((alone / "summary.json").read_text())
     assert len(whole["rows"]) == 2 * 2 * 2
     assert [x["can_differ"] for x in whole["sets"]] == [True, True, True, False]
@@ -236,11 +239,19 @@ def test_the_table_of_a_readme_is_rewritten_and_nothing_else(folder, tmp_path):
         assert "(in parentheses the least and the most of them, or that all are equal)" in text
 
 
-def test_nothing_is_minus_zero():
+@pytest.mark.parametrize(
+    ("rope", "repo", "shown"),
+    [
+        (0.5, 0.5, "0.50<br>+0.00"),
+        (0.5, 0.4999, "0.50<br>+0.00"),
+        (1.0, 0.998, "0.998<br>-0.002"),
+    ],
+)
+def test_nothing_looks_like_zero_or_one_that_is_not_or_is_minus_zero(rope, repo, shown):
     given = dict(headline=["length_20"])
-    records = [record("rope", 0, (0.5, 0), **given), record("repo", 0, (0.499, 0), **given)]
+    records = [record("rope", 0, (rope, 0), **given), record("repo", 0, (repo, 0), **given)]
     table = report.headline_table({"cells": records, "commands": []})
-    assert "| repo | 0.50<br>+0.00 |" in table
+    assert f"| repo | {shown} |" in table
 
 
 def test_equal_values_are_called_equal_in_a_readme_too(tmp_path):

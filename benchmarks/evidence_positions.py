@@ -1,0 +1,120 @@
+"""What positions the models of an evidence suite learned.
+
+    python -m repo_jax.evidence --suite laptop
+    python -m benchmarks.evidence_positions --suite laptop --run runs/evidence/laptop
+
+For each model with learned positions, layer and head, on an evaluation set of the size of training:
+
+* range: largest z minus smallest in a row, mean over rows.
+* by place: share of the variance of z that is explained by the index.
+* by token: share that is explained by which token it is.
+* mirror (reversal only): correlation of z of each letter and z of its copy, over letters and rows.
+
+The first token of rows, which is always the same, is left out. The table has the least and the
+most over heads and seeds; the JSON file every head.
+"""
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import harness
+from repo_jax.evidence import about, cell
+from repo_jax.evidence.suite import Cell, load
+from repo_jax.evidence.tasks import Reversal
+from repo_jax.interop import from_pretrained
+from repo_jax.modeling import capture_positions
+
+MEASURES = ("range", "by_place", "by_token", "mirror")
+
+
+def explained(values: np.ndarray, labels: np.ndarray) -> float:
+    """Share of the variance of `values` that lies between the groups of `labels`."""
+    _, group = np.unique(labels, return_inverse=True)
+    group, values = group.ravel(), values.ravel().astype(np.float64)
+    count = np.bincount(group)
+    means = np.bincount(group, values) / count
+    return float(count @ (means - values.mean()) ** 2 / values.size / values.var())
+
+
+def measure(c: Cell, folder: Path) -> list[dict]:
+    """A row for each layer and head with learned positions."""
+    model, params = from_pretrained(cell.model_path(folder, c))
+    sets = c.task.evaluation_sets().values()
+    tokens = next(s for s in sets if s.x == c.task.trained_to).tokens
+    z_BLNT = np.asarray(capture_positions(model, params, jnp.asarray(tokens)), np.float64)
+    rows = []
+    for layer in [i for i, kind in enumerate(model.config.kinds) if kind == "repo"]:
+        for head in range(z_BLNT.shape[2]):
+            z, read = z_BLNT[:, layer, head, 1:], tokens[:, 1:]
+            row = {
+                "range": float(np.ptp(z, axis=1).mean()),
+                "by_place": explained(z, np.broadcast_to(np.arange(z.shape[1]), z.shape)),
+                "by_token": explained(z, read),
+            }
+            if isinstance(c.task, Reversal) and not c.task.end:
+                n = (z.shape[1] - 1) // 2  # letters, then the turn, then as many copies
+                pairs = z[:, :n].ravel(), z[:, n + 1 :][:, ::-1].ravel()
+                row["mirror"] = float(np.corrcoef(*pairs)[0, 1])
+            rows.append({"layer": layer, "head": head, **row})
+    return rows
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--suite", default="laptop")
+    p.add_argument("--run", type=Path, help="folder of the suite; default runs/evidence/SUITE")
+    p.add_argument("--results_dir", type=Path, default=harness.HERE / "results")
+    p.add_argument("--overwrite", action="store_true", help="replace today's results")
+    args = p.parse_args()
+    folder = args.run or Path("runs/evidence") / args.suite
+    path = args.results_dir / f"{datetime.date.today()}-evidence_positions_{args.suite}"
+    if path.with_suffix(".json").exists() and not args.overwrite:
+        raise SystemExit(f"{path}.json exists; give --overwrite to replace it")
+    cells = [
+        c
+        for c in load(args.suite).cells()
+        if "repo" in c.method_and_model()[1].kinds and cell.model_path(folder, c).is_dir()
+    ]
+    if not cells:
+        raise SystemExit(f"{folder} has no model with learned positions; run the suite first")
+    rows = [
+        {"experiment": c.experiment, "method": c.method, "seed": c.seed, **row}
+        for c in cells
+        for row in measure(c, folder)
+    ]
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["experiment"], row["method"], row["layer"]), []).append(row)
+
+    def span(same, name):
+        found = [row[name] for row in same if name in row]
+        return f"{min(found):.2f} to {max(found):.2f}" if found else "-"
+
+    lines = [
+        *(f"# Learned positions of the suite {args.suite}, {datetime.date.today()}", ""),
+        *("Least and most over heads and seeds; what it means is in the script.", ""),
+        *harness.table(
+            ("experiment", "method", "layer", *(name.replace("_", " ") for name in MEASURES)),
+            (
+                " | ".join([*map(str, key), *(span(same, name) for name in MEASURES)])
+                for key, same in groups.items()
+            ),
+        ),
+        f"- {len(cells)} models; commit {about.commit()}",
+        f"- `python -m benchmarks.evidence_positions --suite {args.suite}`",
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text, end="")
+    path.with_suffix(".md").write_text(text)
+    versions = about.versions()
+    whole = {"commit": about.commit(), "versions": versions, "rows": rows}
+    path.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
