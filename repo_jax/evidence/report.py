@@ -195,8 +195,8 @@ def _interval(found: Interval, digits: int, sign: str = "") -> str:
 
 def _cost_table(records: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
-        "| experiment | method | parameters | MFLOP per token | ms per step and seed | time / RoPE's "
-        "| training loss, last 5 % |",
+        "| experiment | method | parameters | MFLOP per token | ms per step and seed | "
+        "time / RoPE's | training loss, last 5 % |",
         "|---|---|---|---|---|---|---|",
     ]
     number = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
