@@ -16,6 +16,7 @@ from repo_jax import cli, convert, tokenize
 from repo_jax.analysis import command as analysis
 from repo_jax.evaluation import command as evaluation
 from repo_jax.evidence import command as evidence
+from repo_jax.evidence import report, results
 from repo_jax.inference import command as inference
 from repo_jax.planning import command as planning
 from repo_jax.training import command as training
@@ -147,6 +148,18 @@ def test_links(page):
         target = page.parent / path if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/13-evidence.md"])
+def test_tables_of_results_are_what_the_results_say(page, tmp_path):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    names = re.findall(r"^<!-- evidence:(\S+) -->$", text, re.MULTILINE)
+    assert names
+    (tmp_path / "page.md").write_text(text, encoding="utf-8")
+    for name in names:
+        table = report.headline_table(results.load(ROOT / "benchmarks" / "results" / name))
+        report.rewrite(tmp_path / "page.md", name, table)
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == text
 
 
 def test_the_readme_names_every_console_script():
