@@ -3,7 +3,8 @@
     python -m repo_jax.evidence --suite laptop
     python -m benchmarks.evidence_positions --suite laptop --run runs/evidence/laptop
 
-For each model with learned positions, layer and head, on an evaluation set of the size of training:
+For each model with learned positions, layer and head, on the first evaluation set of the size of
+training, or the nearest to it:
 
 * range: largest z minus smallest in a row, mean over rows.
 * by place: share of the variance of z that is explained by the index.
@@ -45,7 +46,7 @@ def measure(c: Cell, folder: Path) -> list[dict]:
     """A row for each layer and head with learned positions."""
     model, params = from_pretrained(cell.model_path(folder, c))
     sets = c.task.evaluation_sets().values()
-    tokens = next(s for s in sets if s.x == c.task.trained_to).tokens
+    tokens = min(sets, key=lambda s: abs(s.x - c.task.trained_to)).tokens
     z_BLNT = np.asarray(capture_positions(model, params, jnp.asarray(tokens)), np.float64)
     rows = []
     for layer in [i for i, kind in enumerate(model.config.kinds) if kind == "repo"]:
