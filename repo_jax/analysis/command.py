@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from repo_jax import cli, plots
-from repo_jax.analysis import figures
+from repo_jax.analysis import drawing, figures
 from repo_jax.analysis.analyse import analyse, needle_prompts
 from repo_jax.analysis.prompts import Labelled, NeedleKind, read_labelled
 from repo_jax.analysis.reading import Reading
@@ -279,7 +279,7 @@ def _analyse(config: PositionsConfig) -> None:
     from repo_jax.analysis.page.build import write_page
 
     text = _text(config)
-    plots.import_pyplot(figures.FEATURE)
+    plots.import_pyplot(drawing.FEATURE)
     if importlib.util.find_spec("plotly") is None:
         raise MissingPackageError("plotly", "the page", "plots")
     sources = _sources(config)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from repo_jax import plots
+from repo_jax.analysis import drawing
 from repo_jax.analysis.reading import Reading
 from repo_jax.analysis.records import (
     DistanceRow,
@@ -28,11 +29,7 @@ from repo_jax.config import PositionKind
 
 Kinds = Mapping[str, Sequence[PositionKind]]
 
-FEATURE = "the figures of an analysis"
 
-_ONE_COLUMN, _TWO_COLUMNS = 3.3, 6.9
-_POINTS = 7
-_GREY = "#767676"
 _WORDS = {"rope": "RoPE", "nope": "NoPE", "repo": "RePo", "cope": "CoPE"}
 # Longer lines are drawn by the medians of so many parts.
 _PARTS = 400
@@ -98,11 +95,11 @@ def position_curves(readings: Sequence[Reading], layers: Sequence[int] | None = 
     chosen = [_layers_alike(reading, layers, depth) for reading in readings]
     n_blocks = -(-len(readings) // 4)
     n_columns = -(-len(readings) // n_blocks)
-    width = _ONE_COLUMN if len(readings) == 1 else _TWO_COLUMNS
+    width = drawing.ONE_COLUMN if len(readings) == 1 else drawing.TWO_COLUMNS
     # A line of a narrow column has no room for both the name and the layer.
     row, between = (0.95, ", ") if n_columns < 3 else (1.1, "\n")
     height = 0.2 + n_blocks * (0.35 + row * len(layers))
-    figure, axes = _panels(n_blocks * len(layers), n_columns, width, height)
+    figure, axes = drawing.panels(n_blocks * len(layers), n_columns, width, height)
     by_model = axes.reshape(n_blocks, len(layers), n_columns).swapaxes(1, 2)
     by_model = by_model.reshape(-1, len(layers))
     for panel in by_model[len(readings) :].flat:
@@ -113,8 +110,8 @@ def position_curves(readings: Sequence[Reading], layers: Sequence[int] | None = 
             _curves(panel, reading, layer, n_heads)
             name = f"layer {layer}, {_WORDS[reading.kinds[layer]]}"
             if len(readings) > 1:
-                name = _short(reading.name, 20 if n_columns < 4 else 16) + between + name
-            _name(panel, name)
+                name = drawing.short(reading.name, 20 if n_columns < 4 else 16) + between + name
+            drawing.title(panel, name)
             panel.tick_params(labelbottom=panel is panels[-1])
         size = _tokens_a_point(reading)
         medians = size > 1 and any(reading.kinds[layer] == "repo" for layer in of_rows)
@@ -138,15 +135,15 @@ def ranges(rows: Sequence[RangeRow], kinds: Kinds):
     heads of the model's RePo layers (of all, where it has none) with the band from the first to
     the third quartile. Dashed: one step a token.
     """
-    figure, axes = _panels(1, 2, _TWO_COLUMNS, 2.1)
+    figure, axes = drawing.panels(1, 2, drawing.TWO_COLUMNS, 2.1)
     by_layer, by_length = axes[0]
     models = _models(rows, kinds)
     longest = {name: max(row.tokens for row in rows if row.model == name) for name in models}
     _heads_by_layer(by_layer, models, [(r, r.range) for r in rows if r.tokens == longest[r.model]])
     for tokens in set(longest.values()):
-        by_layer.axhline(max(tokens - 1, 1), **_REFERENCE)
+        by_layer.axhline(max(tokens - 1, 1), **drawing.REFERENCE)
     by_layer.set_ylabel("range of z (positions)")
-    _log(by_layer, "y")
+    drawing.log(by_layer, "y")
 
     step = min(1.5, 6 / len(models))
     for place, (name, i) in enumerate(models.items()):
@@ -155,15 +152,17 @@ def ranges(rows: Sequence[RangeRow], kinds: Kinds):
             found[row.tokens].append(row.range)
         lengths = sorted(found)
         low, middle, high = ([np.quantile(found[n], q) for n in lengths] for q in (0.25, 0.5, 0.75))
-        by_length.fill_between(lengths, low, high, color=_color(i), alpha=0.2, lw=0)
+        by_length.fill_between(lengths, low, high, color=drawing.color(i), alpha=0.2, lw=0)
         # Of lines that coincide, each remains to be seen.
-        by_length.plot(lengths, middle, **_line(i) | {"ms": 3 + step * (len(models) - 1 - place)})
+        by_length.plot(
+            lengths, middle, **drawing.line(i) | {"ms": 3 + step * (len(models) - 1 - place)}
+        )
     lengths = sorted({row.tokens for row in rows})
-    by_length.plot(lengths, [n - 1 for n in lengths], **_REFERENCE)
+    by_length.plot(lengths, [n - 1 for n in lengths], **drawing.REFERENCE)
     by_length.set(xlabel="context length (tokens)", ylabel="range of z (positions)")
-    _log(by_length, "x", base=2)
-    _log(by_length, "y")
-    _legend_of_models(figure, models, reference="one step a token")
+    drawing.log(by_length, "x", base=2)
+    drawing.log(by_length, "y")
+    drawing.legend_of_models(figure, models, reference="one step a token")
     return figure
 
 
@@ -172,15 +171,17 @@ def patterns(rows: Sequence[PatternRow], kinds: Kinds):
     models = _models(rows, kinds)
     depth = max(len(kinds[name]) for name in models)
     learned = [name for name in models if "repo" in kinds[name]]
-    width = _ONE_COLUMN if depth <= 16 else _TWO_COLUMNS
-    figure, axes = _panels(len(models), 1, width, 0.75 + 0.95 * len(models), sharex=True)
+    width = drawing.ONE_COLUMN if depth <= 16 else drawing.TWO_COLUMNS
+    figure, axes = drawing.panels(len(models), 1, width, 0.75 + 0.95 * len(models), sharex=True)
     for panel, name in zip(axes[:, 0], models, strict=True):
         groups = collections.defaultdict(list)
         for row in rows:
             if row.model == name:
                 groups[row.layer].append(row)
         for layer in set(range(len(kinds[name]))) - set(groups):
-            style = dict(rotation=90, color=_GREY, ha="center", va="center", fontsize=_POINTS)
+            style = dict(
+                rotation=90, color=drawing.GREY, ha="center", va="center", fontsize=drawing.POINTS
+            )
             panel.text(layer, 0.5, _WORDS[kinds[name][layer]], **style)
         if name in learned:
             groups[depth + 0.5] = _of_learned(rows, kinds, name)
@@ -192,11 +193,11 @@ def patterns(rows: Sequence[PatternRow], kinds: Kinds):
             bottom += share
         panel.set(ylim=(0, 1), yticks=(0, 0.5, 1), ylabel="share of chunks")
         if len(models) > 1:
-            _name(panel, _short(name))
-    _layer_ticks(axes[-1, 0], depth, 16, "RePo" if learned else None, depth + 0.5)
+            drawing.title(panel, drawing.short(name))
+    drawing.layer_ticks(axes[-1, 0], depth, 16, "RePo" if learned else None, depth + 0.5)
     axes[-1, 0].set_xlim(-0.6, depth + 1.1 if learned else depth - 0.4)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, **_LEGEND)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, **drawing.LEGEND)
     return figure
 
 
@@ -206,8 +207,8 @@ def attention_mass(rows: Sequence[MassRow], kinds: Kinds):
     depth = max(len(kinds[name]) for name in models)
     n_columns = min(3, len(parts))
     n_rows = -(-len(parts) // n_columns)
-    width = _ONE_COLUMN if n_columns == 1 else _TWO_COLUMNS
-    figure, axes = _panels(n_rows, n_columns, width, 0.2 + 1.6 * n_rows)
+    width = drawing.ONE_COLUMN if n_columns == 1 else drawing.TWO_COLUMNS
+    figure, axes = drawing.panels(n_rows, n_columns, width, 0.2 + 1.6 * n_rows)
     for panel in axes.flat[len(parts) :]:
         panel.remove()
     slot = max(1.0, 0.14 * depth)  # of a bar, in layers
@@ -217,21 +218,23 @@ def attention_mass(rows: Sequence[MassRow], kinds: Kinds):
             # A tokenizer may leave a part without tokens.
             if by_layer := _mean_by_layer(rows, name, part):
                 mine = 100 * np.array(list(by_layer.values()))
-                panel.plot(list(by_layer), mine, **_line(i))
-                style = dict(facecolor=_color(i), edgecolor="white", hatch=_hatch(i), lw=0.3)
+                panel.plot(list(by_layer), mine, **drawing.line(i))
+                style = dict(
+                    facecolor=drawing.color(i), edgecolor="white", hatch=drawing.hatch(i), lw=0.3
+                )
                 panel.bar(depth - 0.5 + place * slot, mine.mean(), 0.85 * slot, **style)
                 values = np.append(values, mine)
         if values.min() > 0 and values.max() / values.min() > 100:
-            _log(panel, "y")
+            drawing.log(panel, "y")
         else:
             panel.set_ylim(bottom=0)
-        _layer_ticks(panel, depth, 8, "mean", depth - 0.5 + (len(models) + 1) / 2 * slot)
+        drawing.layer_ticks(panel, depth, 8, "mean", depth - 0.5 + (len(models) + 1) / 2 * slot)
         panel.set_xlim(-0.6, depth - 0.5 + (len(models) + 0.6) * slot)
-        _name(panel, _short(part))
+        drawing.title(panel, drawing.short(part))
     for panel in axes[:, 0]:
         panel.set_ylabel("attention per token (\N{MULTIPLICATION SIGN} 10$^{-2}$)")
     if len(models) > 1:
-        _legend_of_models(figure, models)
+        drawing.legend_of_models(figure, models)
     return figure
 
 
@@ -253,7 +256,9 @@ def overview(report: Report, kinds: Kinds):
     }
     heights = [min(2.6, max(1.0, 0.16 * len(kinds[name]))) for name in models]
     height = 0.8 + sum(heights) + 0.2 * len(models)
-    figure, axes = _panels(len(models), len(measures), _TWO_COLUMNS, height, height_ratios=heights)
+    figure, axes = drawing.panels(
+        len(models), len(measures), drawing.TWO_COLUMNS, height, height_ratios=heights
+    )
     for column, (label, (attribute, rows)) in enumerate(measures.items()):
         maps = [_map(rows, attribute, name, kinds[name], n_heads[name]) for name in models]
         scale = _scale(attribute, maps, longest)
@@ -266,8 +271,8 @@ def overview(report: Report, kinds: Kinds):
                 ticks = np.arange(0, n, -(-n // 8))
                 axis.set_ticks(ticks + 0.5, ticks)
             if len(models) > 1 and not column:
-                _name(panel, _short(name))
-        _color_bar(figure, image, axes[:, column], label, location="top", aspect=30)
+                drawing.title(panel, drawing.short(name))
+        drawing.color_bar(figure, image, axes[:, column], label, location="top", aspect=30)
         axes[-1, column].set_xlabel("head")
     for panel in axes[:, 0]:
         panel.set_ylabel("layer")
@@ -282,139 +287,38 @@ def related_tokens(rows: Sequence[DistanceRow], kinds: Kinds):
     rows = [row for row in rows if row.relation != "unrelated" and row.z_ratio is not None]
     relations = list(dict.fromkeys(row.relation for row in rows))
     models = _models(rows, kinds)
-    width = _ONE_COLUMN if len(relations) == 1 else _TWO_COLUMNS
-    figure, axes = _panels(1, len(relations), width, 2.1)
+    width = drawing.ONE_COLUMN if len(relations) == 1 else drawing.TWO_COLUMNS
+    figure, axes = drawing.panels(1, len(relations), width, 2.1)
     for panel, relation in zip(axes[0], relations, strict=True):
         mine = [row for row in rows if row.relation == relation]
         _heads_by_layer(panel, models, [(row, row.z_ratio) for row in mine])
         in_text = {(row.model, row.index_ratio) for row in mine}
         same = len({ratio for _, ratio in in_text}) == 1
         for name, ratio in in_text:
-            style = _REFERENCE if same else _REFERENCE | {"color": _color(models[name])}
+            style = (
+                drawing.REFERENCE
+                if same
+                else drawing.REFERENCE | {"color": drawing.color(models[name])}
+            )
             panel.axhline(ratio, **style)
-        _name(panel, relation.replace("_", " "))
+        drawing.title(panel, relation.replace("_", " "))
         panel.set_ylim(bottom=0)
     axes[0, 0].set_ylabel("distance, related / unrelated")
-    _legend_of_models(figure, models, reference="in the text (index)")
+    drawing.legend_of_models(figure, models, reference="in the text (index)")
     return figure
 
 
-_REFERENCE: dict[str, Any] = dict(color=_GREY, lw=0.8, ls=(0, (4, 2)), zorder=1)
-_LEGEND: dict[str, Any] = dict(fontsize=_POINTS, frameon=False, handlelength=1.6, columnspacing=1.2)
 _PATTERNS = {
     "constant": (plots.COLORS[0], ""),
     "monotonic": (plots.COLORS[4], "////"),
     "hybrid": (plots.COLORS[5], "...."),
 }
-_HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----")
-
-
-def _panels(n_rows: int, n_columns: int, width: float, height: float, **options):
-    pyplot = plots.import_pyplot(FEATURE)
-    style = {"font.size": _POINTS, "axes.labelsize": _POINTS, "axes.linewidth": 0.5}
-    with pyplot.rc_context({**style, "hatch.linewidth": 0.4}):
-        figure, axes = pyplot.subplots(
-            *(n_rows, n_columns),
-            figsize=(width, height),
-            layout="constrained",
-            squeeze=False,
-            **options,
-        )
-    for panel in axes.flat:
-        panel.spines[["top", "right"]].set_visible(False)
-        # Ticks are made when they are drawn, when the style above is no more.
-        panel.tick_params(labelsize=_POINTS, width=0.5, length=2.5)
-        panel.tick_params(which="minor", width=0.4, length=1.5)
-    return figure, axes
-
-
-def _name(panel, name: str) -> None:
-    panel.set_title(name, loc="left", fontsize=_POINTS, pad=3)
-
-
-def _short(name: str, most: int = 28) -> str:
-    """Without the middle where it is too long: names differ at their ends."""
-    if len(name) <= most:
-        return name
-    head = (most - 1) // 2
-    return f"{name[:head]}\N{HORIZONTAL ELLIPSIS}{name[head - most + 1 :]}"
 
 
 def _models(rows: Sequence[Any], kinds: Kinds) -> dict[str, int]:
     """The models that have rows, and the number that gives them colour and marker."""
     found = {row.model for row in rows}
     return {name: i for i, name in enumerate(kinds) if name in found}
-
-
-def _color(i: int) -> str:
-    return plots.COLORS[i % len(plots.COLORS)]
-
-
-def _other(i: int, of: Sequence[str]) -> str:
-    """One of as many as there are colours; models that share a colour have different ones."""
-    return of[(i + i // len(plots.COLORS)) % len(of)]
-
-
-def _line(i: int) -> dict[str, Any]:
-    return dict(color=_color(i), marker=_other(i, plots.MARKERS), ms=3, lw=1)
-
-
-def _dots(i: int) -> dict[str, Any]:
-    marker = _other(i, plots.MARKERS)
-    return dict(color=_color(i), marker=marker, ms=2.2, mew=0, ls="", alpha=0.7)
-
-
-def _hatch(i: int) -> str:
-    return _other(i, _HATCHES)
-
-
-def _layer_ticks(panel, depth: int, most: int, last: str | None = None, at: float = 0) -> None:
-    """Ticks for `most` layers, and one for what stands after them."""
-    ticks = range(0, depth, -(-depth // most))
-    panel.set_xticks(
-        [*ticks, *([at] if last else [])], [*map(str, ticks), *([last] if last else [])]
-    )
-    panel.set_xlabel("layer")
-
-
-def _log(panel, name: str, base: int = 10) -> None:
-    """A logarithmic axis with plain numbers, more of them where there are few powers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    getattr(panel, f"set_{name}scale")("log", base=base)
-    low, high = getattr(panel, f"get_{name}lim")()
-    axis = getattr(panel, f"{name}axis")
-    few = base == 10 and high / low < 100
-    axis.set_major_locator(LogLocator(base, subs=(1, 2, 5) if few else (1,), numticks=9))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _whole_numbers(axis) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
-
-
-def _legend_of_models(figure, models: Mapping[str, int], reference: str | None = None) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], **_line(i), label=_short(name)) for name, i in models.items()]
-    if reference is not None:
-        handles.append(Line2D([], [], **_REFERENCE, label=reference))
-    _legend(figure, handles)
-
-
-def _legend(figure, handles: Sequence[Any]) -> None:
-    """Above the panels, in as many columns as there is room for; the figure grows by its rows."""
-    style = dict(loc="outside upper center", **_LEGEND)
-    for n_columns in (4, 3, 2, 1):
-        legend = figure.legend(handles=handles, ncols=n_columns, **style)
-        if n_columns == 1 or legend.get_window_extent().width < figure.bbox.width:
-            break
-        legend.remove()
-    n_rows = -(-len(handles) // n_columns)
-    figure.set_figheight(figure.get_figheight() + (n_rows - 1) * 1.5 * _POINTS / 72)
 
 
 def _placed(of_layers: Sequence[PositionKind]) -> bool:
@@ -436,11 +340,6 @@ def _mean_by_layer(rows: Sequence[MassRow], model: str, part: str) -> dict[int, 
     return {layer: float(np.mean(values)) for layer, values in sorted(found.items())}
 
 
-def _spread(n: int, width: float) -> np.ndarray:
-    """Places beside each other, so that points do not hide each other."""
-    return np.zeros(1) if n == 1 else np.linspace(-width / 2, width / 2, n)
-
-
 def _heads_by_layer(panel, models: Mapping[str, int], found: Sequence[tuple[Any, float]]) -> None:
     """The (row, value) of each layer, models beside each other: points with their median.
 
@@ -459,16 +358,16 @@ def _heads_by_layer(panel, models: Mapping[str, int], found: Sequence[tuple[Any,
             low, first, middle, third, high = np.quantile(values, (0, 0.25, 0.5, 0.75, 1))
             line = dict(xmin=x - 0.4 * slot, xmax=x + 0.4 * slot, lw=1.2)
             if dense and low < high:
-                panel.vlines(x, low, high, _color(i), lw=0.5)
-                panel.bar(x, third - first, 0.7 * slot, first, color=_color(i), lw=0)
+                panel.vlines(x, low, high, drawing.color(i), lw=0.5)
+                panel.bar(x, third - first, 0.7 * slot, first, color=drawing.color(i), lw=0)
                 panel.hlines(middle, colors="white", **line)
             else:
-                panel.hlines(middle, colors=_color(i), **line)
+                panel.hlines(middle, colors=drawing.color(i), **line)
             if not dense:
-                panel.plot(x + _spread(len(values), 0.6 * slot), values, **_dots(i))
+                panel.plot(x + drawing.spread(len(values), 0.6 * slot), values, **drawing.dots(i))
     panel.use_sticky_edges = False
     panel.set_xlabel("layer")
-    _whole_numbers(panel.xaxis)
+    drawing.whole_numbers(panel.xaxis)
 
 
 def _spread_layers(readings: Sequence[Reading], most: int = 4) -> tuple[list[int], int]:
@@ -501,10 +400,10 @@ def _curves(panel, reading: Reading, layer: int, n_heads: int) -> None:
     index = ([0, n_tokens - 1], [0, n_tokens - 1])
     panel.set_xlim(-0.01 * n_tokens, 1.01 * n_tokens)
     if reading.kinds[layer] == "rope":
-        panel.plot(*index, **_REFERENCE)
+        panel.plot(*index, **drawing.REFERENCE)
         return
     if reading.kinds[layer] != "repo":
-        style = dict(ha="center", va="center", color=_GREY, fontsize=_POINTS)
+        style = dict(ha="center", va="center", color=drawing.GREY, fontsize=drawing.POINTS)
         panel.text(0.5, 0.5, "no positions", transform=panel.transAxes, **style)
         panel.set_yticks([])
         return
@@ -521,7 +420,7 @@ def _curves(panel, reading: Reading, layer: int, n_heads: int) -> None:
             style |= dict(marker=plots.MARKERS[head], ms=2.6, markevery=marked)
         panel.plot(middles, values, **style)
     panel.set_ylim(panel.get_ylim())
-    panel.plot(*index, **_REFERENCE)
+    panel.plot(*index, **drawing.REFERENCE)
     if n_heads > _FEW:
         _name_heads(panel, medians[:, -1])
 
@@ -533,7 +432,7 @@ def _name_heads(panel, ends: np.ndarray) -> None:
     for head in np.argsort(-ends):
         if ends[head] < free:
             at = (1.01, ends[head])
-            style = dict(va="center", fontsize=_POINTS, color=_GREY)
+            style = dict(va="center", fontsize=drawing.POINTS, color=drawing.GREY)
             panel.text(*at, str(head), transform=panel.get_yaxis_transform(), **style)
             free = ends[head] - needed
 
@@ -551,29 +450,13 @@ def _legend_of_heads(figure, n_heads: int) -> None:
     from matplotlib import cm, colors
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], **_REFERENCE, label="z = index")]
+    handles = [Line2D([], [], **drawing.REFERENCE, label="z = index")]
     if n_heads <= _FEW:
-        handles += [Line2D([], [], **_line(i), label=f"head {i}") for i in range(n_heads)]
+        handles += [Line2D([], [], **drawing.line(i), label=f"head {i}") for i in range(n_heads)]
     else:
         scale = cm.ScalarMappable(colors.Normalize(0, n_heads - 1), "cividis")
-        _color_bar(figure, scale, figure.axes, "head", aspect=40)
-    _legend(figure, handles)
-
-
-def _color_bar(figure, image, axes, label: str, **options) -> None:
-    from matplotlib.colors import LogNorm
-    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
-
-    bar = figure.colorbar(image, ax=axes, pad=0.02, **options)
-    bar.set_label(label, fontsize=_POINTS)
-    bar.ax.tick_params(labelsize=_POINTS, width=0.5, length=2)
-    bar.outline.set_linewidth(0.5)
-    if isinstance(image.norm, LogNorm):
-        axis = bar.ax.xaxis
-        wide = image.norm.vmax / image.norm.vmin > 1000
-        axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 3), numticks=12))
-        axis.set_major_formatter(FormatStrFormatter("%g"))
-        axis.set_minor_locator(NullLocator())
+        drawing.color_bar(figure, scale, figure.axes, "head", aspect=40)
+    drawing.legend(figure, handles)
 
 
 def _map(
@@ -617,6 +500,8 @@ def _mark_other_layers(panel, of_layers: Sequence[PositionKind], n_heads: int) -
             continue
         if of_layers[start] != "repo":
             panel.axhspan(start, layer, facecolor="#E8E8E8", zorder=2)
-            style = dict(ha="center", va="center", color="#555555", fontsize=_POINTS, zorder=3)
+            style = dict(
+                ha="center", va="center", color="#555555", fontsize=drawing.POINTS, zorder=3
+            )
             panel.text(n_heads / 2, (start + layer) / 2, _WORDS[of_layers[start]], **style)
         start = layer

@@ -13,7 +13,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.text import Text
 
 from repo_jax import plots
-from repo_jax.analysis import figures
+from repo_jax.analysis import drawing, figures
 from repo_jax.analysis.reading import Reading
 from repo_jax.analysis.records import (
     CorrelationRow,
@@ -325,7 +325,7 @@ def test_names_are_whole_in_one_column(n_models):
         assert figure.get_size_inches()[0] == 3.3
         assert unreadable(figure) == ([], [])
         (legend,) = figure.legends
-        assert {figures._short(r.name) for r in readings} <= {t.get_text() for t in legend.texts}
+        assert {drawing.short(r.name) for r in readings} <= {t.get_text() for t in legend.texts}
         assert figure.axes[0].get_window_extent().height / figure.dpi > 0.9
 
 
@@ -384,10 +384,10 @@ def test_no_two_models_look_the_same():
 
 def test_long_names_keep_both_ends():
     other = LONG_NAME.replace("0.004", "0.002")
-    shown = {figures._short(name) for name in (LONG_NAME, other)}
+    shown = {drawing.short(name) for name in (LONG_NAME, other)}
     assert len(shown) == 2
     assert all(len(name) == 28 and name.startswith("a-run") for name in shown)
-    assert figures._short("repo") == "repo"
+    assert drawing.short("repo") == "repo"
 
 
 def test_the_same_figure_gives_the_same_files(tmp_path):
