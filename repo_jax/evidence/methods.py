@@ -46,6 +46,8 @@ _METHODS = {
     "repo_linear": lambda n: _repo(f_phi="linear"),
     "repo_blend": lambda n: dataclasses.replace(_repo(), index_weight=0.5),
     "cope": lambda n: Method(PositionConfig(preset="cope", cope_positions=_COPE_POSITIONS)),
+    # Of four layers, `repo` with every z at 0: what is left of it without learned positions.
+    "rope_first": lambda n: Method(PositionConfig(layers=("rope",) + ("nope",) * (n - 1))),
 }
 
 NAMES = tuple(_METHODS)

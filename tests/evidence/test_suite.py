@@ -58,6 +58,7 @@ def test_methods_are_what_their_names_say():
     assert kinds("repo_third") == ("rope",) * 2 + ("repo",) * 4
     assert kinds("repo_half") == ("rope",) * 3 + ("repo",) * 3
     assert kinds("cope") == ("cope",) * 6
+    assert kinds("rope_first") == ("rope",) + ("nope",) * 5
     assert method("repo_shared", 6).positions.heads == "shared"
     assert method("repo_linear", 6).positions.f_phi == "linear"
     weights = {name: method(name, 6).index_weight for name in NAMES}
@@ -89,7 +90,7 @@ def test_changes_are_made_where_they_say():
     assert cell.definition.steps == 4
 
 
-@pytest.mark.parametrize("name", ["gpu", "full", "rates", "embeddings"])
+@pytest.mark.parametrize("name", ["gpu", "full", "rates", "embeddings", "causes"])
 def test_a_change_of_one_experiment_leaves_those_that_share_its_lines_alone(name):
     before = load(name).experiments
     first, *others = before
