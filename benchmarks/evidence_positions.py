@@ -1,4 +1,4 @@
-"""What positions the models of an evidence suite learned.
+"""What positions the models of an evidence suite learned, and what they are good for.
 
     python -m repo_jax.evidence --suite laptop
     python -m benchmarks.evidence_positions --suite laptop --run runs/evidence/laptop
@@ -6,20 +6,25 @@
 For each model with learned positions, layer and head, on the first evaluation set of the size of
 training, or the nearest to it:
 
-* range: largest z minus smallest in a row, mean over rows.
+* range: largest z minus smallest in a row, mean over rows; new: before training.
 * by place: share of the variance of z that is explained by the index.
 * by token: share that is explained by which token it is.
 * mirror (reversal only): correlation of z of each letter and z of its copy, over letters and rows.
 
 The first token of rows, which is always the same, is left out. The table has the least and the
 most over heads and seeds; the JSON file every head.
+
+Then the share of right answers in the suite's headline (or all) sets when layers of the trained
+model lose their positions: mean over seeds, least and most.
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,9 +33,9 @@ from repo_jax.evidence import about, cell
 from repo_jax.evidence.suite import Cell, load
 from repo_jax.evidence.tasks import Reversal
 from repo_jax.interop import from_pretrained
-from repo_jax.modeling import capture_positions
+from repo_jax.modeling import RePoLM, capture_positions, init_params
 
-MEASURES = ("range", "by_place", "by_token", "mirror")
+MEASURES = ("new_range", "range", "by_place", "by_token", "mirror")
 
 
 def explained(values: np.ndarray, labels: np.ndarray) -> float:
@@ -47,12 +52,17 @@ def measure(c: Cell, folder: Path) -> list[dict]:
     model, params = from_pretrained(cell.model_path(folder, c))
     sets = c.task.evaluation_sets().values()
     tokens = min(sets, key=lambda s: abs(s.x - c.task.trained_to)).tokens
-    z_BLNT = np.asarray(capture_positions(model, params, jnp.asarray(tokens)), np.float64)
+    captured = lambda params: np.asarray(
+        capture_positions(model, params, jnp.asarray(tokens)), np.float64
+    )
+    z_BLNT = captured(params)
+    new_BLNT = captured(init_params(model, jax.random.key(c.seed)))
     rows = []
     for layer in [i for i, kind in enumerate(model.config.kinds) if kind == "repo"]:
         for head in range(z_BLNT.shape[2]):
             z, read = z_BLNT[:, layer, head, 1:], tokens[:, 1:]
             row = {
+                "new_range": float(np.ptp(new_BLNT[:, layer, head, 1:], axis=1).mean()),
                 "range": float(np.ptp(z, axis=1).mean()),
                 "by_place": explained(z, np.broadcast_to(np.arange(z.shape[1]), z.shape)),
                 "by_token": explained(z, read),
@@ -63,6 +73,80 @@ def measure(c: Cell, folder: Path) -> list[dict]:
                 row["mirror"] = float(np.corrcoef(*pairs)[0, 1])
             rows.append({"layer": layer, "head": head, **row})
     return rows
+
+
+def without(model: RePoLM, params, layers: tuple[int, ...]):
+    """The model whose `layers` have no positions, with its parameters."""
+    learned = [i for i, kind in enumerate(model.config.kinds) if kind == "repo"]
+    kinds = ["nope" if i in layers else kind for i, kind in enumerate(model.config.kinds)]
+    positions = dataclasses.replace(model.config.positions, layers=tuple(kinds))
+    stacked = {**params["layers"]}
+    kept = np.array([i not in layers for i in learned])
+    f_phi = jax.tree.map(lambda x: x[kept], stacked.pop("repositioning"))
+    stacked |= {"repositioning": f_phi} if kept.any() else {}
+    config = dataclasses.replace(model.config, positions=positions)
+    return RePoLM(config), {**params, "layers": stacked}
+
+
+def ablate(c: Cell, folder: Path) -> list[dict]:
+    """A row for each choice of layers and each size of evaluation sets."""
+    model, params = from_pretrained(cell.model_path(folder, c))
+    kinds, weight = model.config.kinds, c.method_and_model()[0].index_weight
+    learned = tuple(i for i, kind in enumerate(kinds) if kind == "repo")
+    choices = [(), *((i,) for i, kind in enumerate(kinds) if kind != "nope"), learned]
+    rows = []
+    for layers in dict.fromkeys(choices):
+        (found,) = cell.evaluate([c], *without(model, params, layers), weight)
+        by_size: dict[str, list[float]] = {}
+        for row in found:
+            for name in {row["set"], f"mean_{row['x']}"} if row["group"] else {row["set"]}:
+                by_size.setdefault(name, []).append(row["exact"])
+        rows += [
+            {"without": list(layers), "set": name, "exact": float(np.mean(shares))}
+            for name, shares in by_size.items()
+        ]
+    return rows
+
+
+def grouped(rows: list[dict], *names: str) -> dict[tuple, list[dict]]:
+    """Rows by what they have under `names`."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def position_table(rows: list[dict]) -> list[str]:
+    """Markdown of what `measure` found."""
+
+    def span(same, name):
+        found = [row[name] for row in same if name in row]
+        return f"{min(found):.2f} to {max(found):.2f}" if found else "-"
+
+    return harness.table(
+        ("experiment", "method", "layer", *(name.replace("_", " ") for name in MEASURES)),
+        (
+            " | ".join([*map(str, key), *(span(same, name) for name in MEASURES)])
+            for key, same in grouped(rows, "experiment", "method", "layer").items()
+        ),
+    )
+
+
+def ablation_table(rows: list[dict], sets) -> list[str]:
+    """Markdown of what `ablate` found on some evaluation sets."""
+    rows = [{**row, "layers": ", ".join(map(str, row["without"])) or "none"} for row in rows]
+
+    def share(same, name):
+        found = [row["exact"] for row in same if row["set"] == name]
+        return f"{np.mean(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+
+    return harness.table(
+        ("method", "layers without", *(name.replace("_", " ") for name in sets)),
+        (
+            " | ".join([*key, *(share(same, name) for name in sets)])
+            for key, same in grouped(rows, "method", "layers").items()
+        ),
+    )
 
 
 def main():
@@ -83,37 +167,30 @@ def main():
     ]
     if not cells:
         raise SystemExit(f"{folder} has no model with learned positions; run the suite first")
-    rows = [
-        {"experiment": c.experiment, "method": c.method, "seed": c.seed, **row}
-        for c in cells
-        for row in measure(c, folder)
-    ]
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["experiment"], row["method"], row["layer"]), []).append(row)
-
-    def span(same, name):
-        found = [row[name] for row in same if name in row]
-        return f"{min(found):.2f} to {max(found):.2f}" if found else "-"
-
+    name_of = lambda c: {"experiment": c.experiment, "method": c.method, "seed": c.seed}
+    rows = [{**name_of(c), **row} for c in cells for row in measure(c, folder)]
+    ablations = [{**name_of(c), **row} for c in cells for row in ablate(c, folder)]
+    title = f"Learned positions of the suite {args.suite}, {datetime.date.today()}"
     lines = [
-        *(f"# Learned positions of the suite {args.suite}, {datetime.date.today()}", ""),
-        *("Least and most over heads and seeds; what it means is in the script.", ""),
-        *harness.table(
-            ("experiment", "method", "layer", *(name.replace("_", " ") for name in MEASURES)),
-            (
-                " | ".join([*map(str, key), *(span(same, name) for name in MEASURES)])
-                for key, same in groups.items()
-            ),
-        ),
+        *(f"# {title}", "", "What it means is in the script.", ""),
+        *("Least and most over heads and seeds:", ""),
+        *position_table(rows),
+    ]
+    for name, experiment in load(args.suite).experiments.items():
+        own = [row for row in ablations if row["experiment"] == name]
+        if own:
+            sets = experiment.headline or list(dict.fromkeys(row["set"] for row in own))
+            lines += [f"Right answers of {name}, mean over seeds (least to most):", ""]
+            lines += ablation_table(own, sets)
+    lines += [
         f"- {len(cells)} models; commit {about.commit()}",
         f"- `python -m benchmarks.evidence_positions --suite {args.suite}`",
     ]
     text = "\n".join(lines) + "\n"
     print(text, end="")
     path.with_suffix(".md").write_text(text)
-    versions = about.versions()
-    whole = {"commit": about.commit(), "versions": versions, "rows": rows}
+    facts = {"commit": about.commit(), "versions": about.versions()}
+    whole = {**facts, "rows": rows, "ablations": ablations}
     path.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
 
 

@@ -39,9 +39,8 @@ class Parser(jsonargparse.ArgumentParser):
         return ours
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Prints what is wrong and exits with status 2."""
-        print(f"{self.prog}: error: {self._explain(message, ex)}", file=sys.stderr)
-        raise SystemExit(2)
+        """Says what is wrong; `run` prints it and exits with status 2."""
+        raise ConfigError(self._explain(message, ex)) from None
 
     def _explain(self, message: str, ex: Exception | None) -> str:
         while ex is not None:

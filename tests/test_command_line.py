@@ -263,7 +263,7 @@ def test_a_missing_package_is_named_with_what_installs_it(
 
 def test_no_config(capsys):
     assert said(capsys, training.main, []) == (
-        "train.py: error: the following arguments are required: model.vocab_size, "
+        "error: the following arguments are required: model.vocab_size, "
         "model.d_model, model.n_layers, model.n_heads, model.d_ff; give options, or a --config "
         "file that has them"
     )
@@ -272,7 +272,7 @@ def test_no_config(capsys):
 def test_no_argument_of_a_command_without_configs(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tokenize"])
     line = said(capsys, lambda _: tokenize.main(), [])
-    assert line.startswith("tokenize: error: the following arguments are required: ")
+    assert line.startswith("error: the following arguments are required: ")
     assert "--config" not in line
     monkeypatch.setattr(sys, "argv", ["tokenize", "--text", "a", "--out", "b", "--text_suf", ".c"])
     line = said(capsys, lambda _: tokenize.main(), [])
@@ -337,7 +337,7 @@ def test_an_interrupt_before_training_is_no_traceback(capsys):
         (
             "train.py",
             ["--config", "quickstart", "--training.setps", "5"],
-            "train.py: error: there is no option --training.setps; did you mean "
+            "error: there is no option --training.setps; did you mean "
             "--training.steps? (--help lists them)\n",
         ),
         (

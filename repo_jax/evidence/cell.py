@@ -79,7 +79,7 @@ def run(
     attention = "xla" if len(cells) > 1 else None
     model = RePoLM(dataclasses.replace(config, attention=attention))
     params, losses, step_seconds = _train(cells, model, method.index_weight, watch)
-    scores = _evaluate(cells, model, params, method.index_weight)
+    scores = evaluate(cells, model, params, method.index_weight)
     seconds = time.perf_counter() - start
     run = first.definition
     watch(run.steps, float(losses[:, -1].mean()))
@@ -222,8 +222,17 @@ def training_steps(
     return optimizer, lambda state, tokens, answers: jax.lax.scan(step, state, (tokens, answers))
 
 
-def _evaluate(cells: Sequence[Cell], model: RePoLM, params, index_weight: float):
-    """One list of results a cell, a result being a dict for each evaluation set."""
+def evaluate(
+    cells: Sequence[Cell], model: RePoLM, params, index_weight: float
+) -> list[list[dict[str, Any]]]:
+    """One list of results a cell, a result being a dict for each evaluation set.
+
+    Args:
+      cells: one, or several that differ in the seed alone.
+      model: for all of them.
+      params: of one; of several, with a leading axis.
+      index_weight: as in `Method`.
+    """
 
     def predict(params, tokens):
         logits = model.apply({"params": params}, tokens, None, index_weight).logits[:, :-1]

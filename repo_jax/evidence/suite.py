@@ -262,7 +262,12 @@ def load(
         _change(sections, change)
     text = lambda value: value if isinstance(value, str) else json.dumps(value)
     options = [f"--{name}={text(value)}" for name, value in sections.items()]
-    suite, _ = cli.parse(Suite, f"suite {path.stem}", "", options)
+    try:
+        suite, _ = cli.parse(Suite, "suite", "", options)
+    except ConfigError as error:
+        where = f"--suite {path.stem}" + (f" with --set {', '.join(changes)}" if changes else "")
+        said = str(error).removesuffix(" (--help lists them)").replace(" --", " ")
+        raise ConfigError(f"{where}: {said}") from None
     return suite
 
 

@@ -133,7 +133,12 @@ def test_the_hash_tells_whatever_changes_the_numbers():
         (dict(experiments=["text"]), "--tasks has 'text'; the suite laptop has reversal, recall"),
         (dict(seeds=[-1]), "seeds has -1"),
         (dict(changes=["experiments.reversal"]), "a change is written name.name=value"),
-        (dict(changes=["experiments.*.stps=3"]), "there is no option stps; did you mean steps?"),
+        (
+            dict(changes=["experiments.*.stps=3"]),
+            "--suite laptop with --set experiments.*.stps=3: there is no option stps; did you "
+            "mean steps?\n",
+        ),
+        (dict(changes=["seds=3"]), "there is no option seds; did you mean seeds?\n"),
         (dict(changes=["experiments.*.steps=abc"]), "steps is abc; it must be int"),
         (dict(changes=["experiments.*.steps=0"]), "steps is 0; it must be positive"),
         (dict(changes=["experiments.*.steps=50"]), "warmup_steps is 100; there are only 50 steps"),
