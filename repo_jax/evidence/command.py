@@ -13,6 +13,7 @@ from repo_jax.errors import ConfigError, TrainingError
 from repo_jax.evidence import figures, report, results
 from repo_jax.evidence.runner import run_suite
 from repo_jax.evidence.suite import load
+from repo_jax.evidence.summary import BASELINE
 
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _ABOUT = "Trains and tests methods on tasks with several seeds, and says which differ."
@@ -38,6 +39,7 @@ class EvidenceConfig:
       report: instead of running, a folder with results.json, beside which tables and figures go.
       readme: with `report`, a Markdown file whose table between `<!-- evidence:NAME -->` and
         `<!-- /evidence:NAME -->` is replaced, NAME being the folder's.
+      baseline: with `report`, the method that the others are compared with.
     """
 
     suite: str | None = None
@@ -52,6 +54,7 @@ class EvidenceConfig:
     minutes: float | None = None
     report: str | None = None
     readme: str | None = None
+    baseline: str = BASELINE
 
     def __post_init__(self):
         for name in ("tasks", "methods", "seeds"):
@@ -72,6 +75,8 @@ class EvidenceConfig:
             raise ConfigError("give one of --suite (what to run) and --report (a folder)")
         if self.readme is not None and self.report is None:
             raise ConfigError("--readme needs --report, the folder with the results")
+        if self.baseline != BASELINE and self.report is None:
+            raise ConfigError("--baseline needs --report, the folder with the results")
         for name in ("workers", "minutes"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -129,8 +134,8 @@ def _report(config: EvidenceConfig) -> None:
     found = results.load(folder)
     if config.readme is not None:
         name = folder.resolve().name
-        report.rewrite(Path(config.readme), name, report.headline_table(found))
-    report.write_report(folder)
+        report.rewrite(Path(config.readme), name, report.headline_table(found, config.baseline))
+    report.write_report(folder, config.baseline)
     print(f"written to {folder}", file=sys.stderr)
 
 

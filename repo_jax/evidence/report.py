@@ -10,7 +10,15 @@ from typing import Any
 from repo_jax.errors import ConfigError
 from repo_jax.evidence import figures, results
 from repo_jax.evidence.cell import write
-from repo_jax.evidence.summary import Interval, SummaryRow, can_differ, costs, methods_in, summarise
+from repo_jax.evidence.summary import (
+    BASELINE,
+    Interval,
+    SummaryRow,
+    can_differ,
+    costs,
+    methods_in,
+    summarise,
+)
 
 _METRICS = {
     "exact": "whole answers right",
@@ -19,39 +27,52 @@ _METRICS = {
 }
 
 
-def write_report(folder: Path) -> None:
+def write_report(folder: Path, baseline: str = BASELINE) -> None:
     """Writes summary.md, summary.json and the figures beside a folder's results.json.
 
+    Args:
+      folder: of the results.
+      baseline: the method that the others are compared with.
+
     Raises:
-      ConfigError: there are no results.
+      ConfigError: there are no results, or none of the baseline.
       MissingPackageError: matplotlib is not installed.
     """
     found = results.load(folder)
     records = found["cells"]
-    rows = summarise(records)
+    _check_baseline(records, baseline)
+    rows = summarise(records, baseline)
     plain = {
+        "baseline": baseline,
         "rows": [dataclasses.asdict(row) for row in rows],
         "sets": _sets(rows),
-        "costs": costs(records),
+        "costs": costs(records, baseline),
         "about": _about(found),
     }
     write(folder / "summary.json", json.dumps(plain, indent=1) + "\n")
     drawn = figures.draw(folder, records, rows)
-    write(folder / "summary.md", _page(found, rows, drawn))
+    write(folder / "summary.md", _page(found, rows, drawn, baseline))
 
 
-def headline_table(found: dict[str, Any]) -> str:
+def headline_table(found: dict[str, Any], baseline: str = BASELINE) -> str:
     """A Markdown table of the sets that each experiment puts in its headline.
 
-    found: what `results.load` returns.
+    Args:
+      found: what `results.load` returns.
+      baseline: the method that the others are compared with.
+
+    Raises:
+      ConfigError: there are no results of the baseline.
     """
     records = found["cells"]
-    rows = [row for row in summarise(records) if row.set in _headline(records, row.experiment)]
+    _check_baseline(records, baseline)
+    rows = summarise(records, baseline)
+    rows = [row for row in rows if row.set in _headline(records, row.experiment)]
     rows = [row for row in rows if row.metric == _first_metric(records, row.experiment)]
     meaning = (
         "Means over seeds (in parentheses the least and the most of them, or that all are equal); "
-        "then the mean difference to RoPE with the same seeds [its 95 % interval over seeds, by "
-        "Student's t; ends may lie beyond what is possible]."
+        f"then the mean difference to {baseline} with the same seeds [its 95 % interval over "
+        "seeds, by Student's t; ends may lie beyond what is possible]."
     )
     return "\n".join(
         [*_table(rows, methods_in(records)), "", meaning, "", *_warnings(found), _about_line(found)]
@@ -86,12 +107,23 @@ def _first_metric(records: Sequence[dict[str, Any]], experiment: str) -> str:
     return next(r["metric"] for r in records if r["experiment"] == experiment)
 
 
-def _page(found: dict[str, Any], rows: Sequence[SummaryRow], drawn: dict[str, list[str]]) -> str:
+def _check_baseline(records: Sequence[dict[str, Any]], baseline: str) -> None:
+    known = methods_in(records)
+    if baseline != BASELINE and baseline not in known:
+        raise ConfigError(f"--baseline is {baseline}; the results have {', '.join(known)}")
+
+
+def _page(
+    found: dict[str, Any],
+    rows: Sequence[SummaryRow],
+    drawn: dict[str, list[str]],
+    baseline: str,
+) -> str:
     records = found["cells"]
     lines = ["# Evidence", "", *_warnings(found), _about_line(found), ""]
     lines += [
         "Means over seeds with 95 % intervals (Student's t; they may reach beyond 0 and 1) and the "
-        "value of each seed, then the mean difference to RoPE with the same seeds, with its "
+        f"value of each seed, then the mean difference to {baseline} with the same seeds, with its "
         "interval. Intervals are over seeds only: the test set is one, the same for all. Bands of "
         "figures reach from the least to the most of the seeds; dotted is chance.",
         "",
@@ -118,7 +150,7 @@ def _page(found: dict[str, Any], rows: Sequence[SummaryRow], drawn: dict[str, li
         "number. Times were measured beside other workers where cells shared the machine, and are "
         "an indication only.",
         "",
-        *_cost_table(records),
+        *_cost_table(records, baseline),
     ]
     lines += [line for command in found["commands"] for line in ("", f"`{command}`")]
     return "\n".join(lines) + "\n"
@@ -193,14 +225,14 @@ def _interval(found: Interval, digits: int, sign: str = "") -> str:
     return f"{mean} [{_number(found.low, digits, sign)}, {_number(found.high, digits, sign)}]"
 
 
-def _cost_table(records: Sequence[dict[str, Any]]) -> list[str]:
+def _cost_table(records: Sequence[dict[str, Any]], baseline: str) -> list[str]:
     lines = [
         "| experiment | method | parameters | MFLOP per token | ms per step and seed | "
-        "time / RoPE's | training loss, last 5 % |",
+        f"time / {baseline}'s | training loss, last 5 % |",
         "|---|---|---|---|---|---|---|",
     ]
     number = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
-    for row in costs(records):
+    for row in costs(records, baseline):
         lines.append(
             f"| {row['experiment']} | {row['method']} | {row['parameters']:,} | "
             f"{row['flops_per_token'] / 1e6:.2f} | {1e3 * row['step_seconds']:.1f} | "

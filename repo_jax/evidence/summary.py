@@ -1,4 +1,4 @@
-"""From cells to means over seeds, their intervals, and paired differences to RoPE."""
+"""From cells to means over seeds, their intervals, and paired differences to a baseline."""
 
 import collections
 import dataclasses
@@ -45,8 +45,8 @@ class SummaryRow:
       seeds: number of them.
       diverged: how many of them have no finite loss.
       value: over seeds; None if any diverged.
-      difference: of this method and RoPE with the same seed, over the seeds that both have; None
-        for RoPE itself, where there are none, or where any of them diverged.
+      difference: of this method and the baseline with the same seed, over the seeds that both
+        have; None for the baseline itself, where there are none, or where any of them diverged.
     """
 
     experiment: str
@@ -78,10 +78,12 @@ def methods_in(records: Sequence[dict[str, Any]]) -> list[str]:
     return sorted({record["method"] for record in records}, key=NAMES.index)
 
 
-def summarise(records: Sequence[dict[str, Any]]) -> list[SummaryRow]:
+def summarise(records: Sequence[dict[str, Any]], baseline: str = BASELINE) -> list[SummaryRow]:
     """One row for each experiment, evaluation set, metric and method, in this order.
 
-    records: as `cell.run` writes them.
+    Args:
+      records: as `cell.run` writes them.
+      baseline: the method that the others are compared with.
     """
     values: dict[tuple, dict[str, dict[int, float | None]]] = {}
     facts: dict[tuple, tuple[float | None, int]] = {}
@@ -96,12 +98,12 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[SummaryRow]:
     rows = []
     for key, by_method in values.items():
         experiment, name, group, x, metric = key
-        base = by_method.get(BASELINE, {})
+        base = by_method.get(baseline, {})
         for method in (m for m in methods_in(records) if m in by_method):
             own = by_method[method]
             pairs = [(own[seed], base[seed]) for seed in own if seed in base]
             finite = pairs and all(None not in pair for pair in pairs)
-            compared = finite and method != BASELINE
+            compared = finite and method != baseline
             diverged = sum(value is None for value in own.values())
             rows.append(
                 SummaryRow(
@@ -157,12 +159,12 @@ def _means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def costs(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def costs(records: Sequence[dict[str, Any]], baseline: str = BASELINE) -> list[dict[str, Any]]:
     """For each experiment and method: size, FLOPs, and time of a step.
 
     `step_seconds` is for one seed, a step's time divided by the seeds that trained together.
-    `step_ratio` is the mean over the seeds that both have of that time over RoPE's, None where
-    there are none; where cells share a machine it is an indication only.
+    `step_ratio` is the mean over the seeds that both have of that time over the baseline's, None
+    where there are none; where cells share a machine it is an indication only.
     """
     seconds = lambda record: record["step_seconds"] / len(record["seeds_together"])
     found: dict[str, dict[str, dict[int, dict]]] = {}
@@ -171,7 +173,7 @@ def costs(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         by_method[record["method"]][record["seed"]] = record
     rows = []
     for experiment, by_method in found.items():
-        base = by_method.get(BASELINE, {})
+        base = by_method.get(baseline, {})
         for method in (m for m in methods_in(records) if m in by_method):
             own = by_method[method]
             first = next(iter(own.values()))

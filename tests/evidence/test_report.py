@@ -271,10 +271,30 @@ def test_a_readme_without_its_place_is_refused_and_left_alone(folder, tmp_path, 
     assert readme.read_text() == text
 
 
+def test_methods_are_compared_with_the_baseline_that_is_asked_for(folder, tmp_path):
+    (tmp_path / "README.md").write_text("<!-- evidence:laptop -->\n<!-- /evidence:laptop -->\n")
+    options = ["--report", str(folder), "--readme", str(tmp_path / "README.md")]
+    command.main([*options, "--baseline", "repo"])
+    text = (tmp_path / "README.md").read_text()
+    assert "the mean difference to repo with the same seeds" in text
+    records = results.load(folder)["cells"]
+    for name in ("length_20", "length_30"):
+        chosen = dict(set=name, metric="exact")
+        to_rope = row(summarise(records), method="repo", **chosen).difference
+        to_repo = row(summarise(records, "repo"), method="rope", **chosen).difference
+        assert to_repo.mean == pytest.approx(-to_rope.mean)
+        assert to_repo.low == pytest.approx(-to_rope.high)
+        assert row(summarise(records, "repo"), method="repo", **chosen).difference is None
+    with pytest.raises(ConfigError, match="--baseline is cope; the results have rope, repo"):
+        command.main([*options, "--baseline", "cope"])
+    assert (tmp_path / "README.md").read_text() == text
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ([], "give one of --suite"),
+        (["--suite", "tiny", "--baseline", "nope"], "--baseline needs --report"),
         (["--suite", "tiny", "--report", "x"], "give one of --suite"),
         (["--suite", "tiny", "--readme", "x"], "--readme needs --report"),
         (["--suite", "tiny", "--seeds", "a"], "--seeds is a; it must be whole numbers"),
