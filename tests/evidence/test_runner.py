@@ -240,6 +240,15 @@ def test_cells_run_one_after_the_other_on_an_accelerator(tmp_path, accelerator):
     assert accelerator.ran[4:] == [["reversal-nope-0"], ["reversal-nope-1"]]
 
 
+def test_the_time_that_is_left_is_that_of_the_cells_that_are_done(tmp_path, accelerator, capsys):
+    run_here(tmp_path / "out", methods=["rope", "repo"])
+    lines = capsys.readouterr().err.splitlines()
+    # A cell takes eighty seconds.
+    assert "1 of 4 cells done; about 4 min left" in lines
+    assert "3 of 4 cells done; about 1 min left" in lines
+    assert lines[-1] == "4 of 4 cells done"
+
+
 def test_a_cell_that_fails_stops_no_other(tmp_path, accelerator):
     accelerator.broken = {"nope"}
     outcome = run_here(tmp_path / "out", seeds=[0])
