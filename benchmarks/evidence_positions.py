@@ -152,6 +152,7 @@ def ablation_table(rows: list[dict], sets) -> list[str]:
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--suite", default="laptop")
+    p.add_argument("--tasks", default="", help="experiments, with commas between; default all")
     p.add_argument("--run", type=Path, help="folder of the suite; default runs/evidence/SUITE")
     p.add_argument("--results_dir", type=Path, default=harness.HERE / "results")
     p.add_argument("--overwrite", action="store_true", help="replace today's results")
@@ -160,9 +161,10 @@ def main():
     path = args.results_dir / f"{datetime.date.today()}-evidence_positions_{args.suite}"
     if path.with_suffix(".json").exists() and not args.overwrite:
         raise SystemExit(f"{path}.json exists; give --overwrite to replace it")
+    suite = load(args.suite, experiments=args.tasks.split(",") if args.tasks else ())
     cells = [
         c
-        for c in load(args.suite).cells()
+        for c in suite.cells()
         if "repo" in c.method_and_model()[1].kinds and cell.model_path(folder, c).is_dir()
     ]
     if not cells:
@@ -171,12 +173,13 @@ def main():
     rows = [{**name_of(c), **row} for c in cells for row in measure(c, folder)]
     ablations = [{**name_of(c), **row} for c in cells for row in ablate(c, folder)]
     title = f"Learned positions of the suite {args.suite}, {datetime.date.today()}"
+    tasks = f" --tasks {args.tasks}" if args.tasks else ""
     lines = [
         *(f"# {title}", "", "What it means is in the script.", ""),
         *("Least and most over heads and seeds:", ""),
         *position_table(rows),
     ]
-    for name, experiment in load(args.suite).experiments.items():
+    for name, experiment in suite.experiments.items():
         own = [row for row in ablations if row["experiment"] == name]
         if own:
             sets = experiment.headline or list(dict.fromkeys(row["set"] for row in own))
@@ -184,7 +187,7 @@ def main():
             lines += ablation_table(own, sets)
     lines += [
         f"- {len(cells)} models; commit {about.commit()}",
-        f"- `python -m benchmarks.evidence_positions --suite {args.suite}`",
+        f"- `python -m benchmarks.evidence_positions --suite {args.suite}{tasks}`",
     ]
     text = "\n".join(lines) + "\n"
     print(text, end="")
