@@ -11,7 +11,7 @@ from repo_jax.evidence.summary import SummaryRow, methods_in
 _LABELS = {"exact": "whole answers right", "tokens": "answer tokens right"}
 # As many methods as a suite has at most are told apart by marker, colours come again dashed.
 _COLORS = (*plots.COLORS, "#000000")
-_MARKERS = (*plots.MARKERS, "P", "X", "<", ">", "h", "p")
+_MARKERS = (*plots.MARKERS, "P", "X", "<", ">", "h", "p", "d")
 FEATURE = "the figures of a suite"
 
 

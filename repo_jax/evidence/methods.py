@@ -31,8 +31,9 @@ def _repo(**options) -> Method:
     return Method(PositionConfig(preset="repo", **options))
 
 
-# By name, from the number of layers. A third is taken literally here, as the first layer from 0;
-# the preset's own start is one layer before, as in upstream's code.
+# By name, from the number of layers, in the order of tables and of colours in figures. A third is
+# taken literally here, as the first layer from 0; the preset's own start is one layer before, as
+# in upstream's code.
 _METHODS = {
     "rope": lambda n: Method(PositionConfig(preset="rope")),
     "nope": lambda n: Method(PositionConfig(preset="nope")),
@@ -44,10 +45,10 @@ _METHODS = {
     "repo_half": lambda n: _repo(start_layer=n // 2),
     "repo_shared": lambda n: _repo(heads="shared"),
     "repo_linear": lambda n: _repo(f_phi="linear"),
-    "repo_blend": lambda n: dataclasses.replace(_repo(), index_weight=0.5),
-    "cope": lambda n: Method(PositionConfig(preset="cope", cope_positions=_COPE_POSITIONS)),
     # Of four layers, `repo` with every z at 0: what is left of it without learned positions.
     "rope_first": lambda n: Method(PositionConfig(layers=("rope",) + ("nope",) * (n - 1))),
+    "repo_blend": lambda n: dataclasses.replace(_repo(), index_weight=0.5),
+    "cope": lambda n: Method(PositionConfig(preset="cope", cope_positions=_COPE_POSITIONS)),
 }
 
 NAMES = tuple(_METHODS)
