@@ -31,6 +31,7 @@ import numpy as np
 from benchmarks import harness
 from repo_jax.evidence import about, cell
 from repo_jax.evidence.suite import Cell, load
+from repo_jax.evidence.summary import means_over_kinds
 from repo_jax.evidence.tasks import Reversal
 from repo_jax.interop import from_pretrained
 from repo_jax.modeling import RePoLM, capture_positions, init_params
@@ -89,7 +90,7 @@ def without(model: RePoLM, params, layers: tuple[int, ...]):
 
 
 def ablate(c: Cell, folder: Path) -> list[dict]:
-    """A row for each choice of layers and each size of evaluation sets."""
+    """A row for each choice of layers and each evaluation set, means over kinds too."""
     model, params = from_pretrained(cell.model_path(folder, c))
     kinds, weight = model.config.kinds, c.method_and_model()[0].index_weight
     learned = tuple(i for i, kind in enumerate(kinds) if kind == "repo")
@@ -97,13 +98,9 @@ def ablate(c: Cell, folder: Path) -> list[dict]:
     rows = []
     for layers in dict.fromkeys(choices):
         (found,) = cell.evaluate([c], *without(model, params, layers), weight)
-        by_size: dict[str, list[float]] = {}
-        for row in found:
-            for name in {row["set"], f"mean_{row['x']}"} if row["group"] else {row["set"]}:
-                by_size.setdefault(name, []).append(row["exact"])
         rows += [
-            {"without": list(layers), "set": name, "exact": float(np.mean(shares))}
-            for name, shares in by_size.items()
+            {"without": list(layers), "set": row["set"], "exact": row["exact"]}
+            for row in [*found, *means_over_kinds(found)]
         ]
     return rows
 

@@ -71,7 +71,9 @@ def load(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{folder} has no results.json; name the folder of a suite") from None
+        raise ConfigError(
+            f"--report {folder}: it has no results.json; name the folder of a suite"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:

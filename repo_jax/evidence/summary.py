@@ -88,7 +88,7 @@ def summarise(records: Sequence[dict[str, Any]], baseline: str = BASELINE) -> li
     values: dict[tuple, dict[str, dict[int, float | None]]] = {}
     facts: dict[tuple, tuple[float | None, int]] = {}
     for record in sorted(records, key=lambda record: record["seed"]):
-        for row in [*record["evaluations"], *_means(record["evaluations"])]:
+        for row in [*record["evaluations"], *means_over_kinds(record["evaluations"])]:
             for metric in metrics(record):
                 key = (record["experiment"], row["set"], row["group"], row["x"], metric)
                 by_method = values.setdefault(key, collections.defaultdict(dict))
@@ -142,8 +142,11 @@ def metrics(record: dict[str, Any]) -> tuple[str, ...]:
     return ("exact", "tokens") if record["metric"] == "exact" else (record["metric"],)
 
 
-def _means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over the kinds of a task, for each size that all kinds have."""
+def means_over_kinds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sets `mean_X` of a task with several kinds, for each size X that all kinds have.
+
+    rows: the evaluations of one cell.
+    """
     groups = {row["group"] for row in rows}
     if len(groups) < 2:
         return []
