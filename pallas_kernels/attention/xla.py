@@ -1,14 +1,15 @@
 """Memory-efficient attention in plain JAX, for any device, with its own VJP.
 
-Flash attention's recurrence (Dao et al. 2022; arXiv 2205.14135) over blocks of queries and
-windows of keys. Memory is O(T). Keys beyond what a block of queries can see, by token index
-or by document, are never visited.
+Flash attention's recurrence (Dao et al. 2022; arXiv 2205.14135) over tiles of a few query
+blocks and windows of a few key blocks. Memory is O(T). Windows beyond what a tile can see,
+by token index or by document, are never visited.
 
-Shaped by XLA's CPU runtime, where it has to be fast: products as large as the visible part
-of the keys allows, so a window is as many key blocks as are left, up to `BlockSizes.window`,
-and each size has a branch of its own; few heads at a time, so that scores stay in the cache;
-and transposed scores in the backward pass, so that no product contracts the leading
-dimension of both operands, which is slow there.
+Shaped by XLA's CPU runtime, where it has to be fast. One product of these sizes does not
+keep several cores busy, but operations that do not depend on each other run side by side:
+so a tile's query blocks are handled as so many independent ones, and the tile on the
+diagonal is spelled out as stairs of static sizes. Few heads run at a time, so that scores
+stay in the cache; scores are transposed in the backward pass, so that no product contracts
+the leading dimension of both operands, which is slow there.
 """
 
 import dataclasses
@@ -26,8 +27,8 @@ class BlockSizes:
     """What is handled at a time.
 
     Attributes:
-      query, key: tokens in a block; what is skipped is decided by block.
-      window: most key blocks in one product.
+      query, key: tokens in a block.
+      window: most query blocks in a tile and most key blocks in a window.
       scores: most scores held at once, fp32; as many heads run together as that allows.
     """
 
@@ -38,7 +39,7 @@ class BlockSizes:
 
 
 def default_blocks() -> BlockSizes:
-    """Chosen on two CPU cores at T = 1024, where 128 to 512 a side differ little."""
+    """Chosen on two CPU cores at T = 1024."""
     return BlockSizes()
 
 
@@ -55,41 +56,53 @@ def _dot(a, b, product=jnp.matmul):
     return jax.lax.platform_dependent(a, b, cpu=wide, default=dot)
 
 
-def _row_block(mask, i, cq: int, group: int):
-    """The queries' side of the mask for block i, [group * cq]."""
+def _rows(mask, start, size: int, group: int):
+    """The queries' side of the mask for `size` queries, [group * size]."""
     names = ("limit", "q_segment")
-    return {n: jnp.tile(_part(mask[n], i * cq, cq, 0), group) for n in names if n in mask}
+    return {n: jnp.tile(_part(mask[n], start, size, 0), group) for n in names if n in mask}
 
 
-def _hide(s, rows, mask, at, *, transposed: bool):
-    """Scores [R, rows, keys], or transposed, with -inf where a query does not see a key.
+def _columns(mask, start, size: int):
+    """The keys' side of the mask for a window."""
+    names = ("index", "kv_segment")
+    return {n: _part(mask[n], start, size, 0) for n in names if n in mask}
 
-    `at` is the first key of the window.
-    """
-    keys = s.shape[1 if transposed else 2]
-    against = lambda q, k: (q[None, :], k[:, None]) if transposed else (q[:, None], k[None, :])
-    limit, index = against(rows["limit"], _part(mask["index"], at, keys, 0))
+
+def _hide(s, rows, columns, *, transposed: bool):
+    """Scores [R, rows, keys], or transposed, with -inf where a query does not see a key."""
+    keys = slice(s.shape[1 if transposed else 2])
+    pair = lambda q, k: (q[None, :], k[keys, None]) if transposed else (q[:, None], k[None, keys])
+    limit, index = pair(rows["limit"], columns["index"])
     visible = index <= limit
-    if "q_segment" in mask:
-        q, k = against(rows["q_segment"], _part(mask["kv_segment"], at, keys, 0))
+    if "q_segment" in rows:
+        q, k = pair(rows["q_segment"], columns["kv_segment"])
         visible &= q == k
     return jnp.where(visible[None], s, -jnp.inf)
 
 
-def _over_windows(first, last, blocks: BlockSizes, window, merge, carry):
-    """Folds `carry = merge(carry, at, window(keys, at))` over the key blocks first .. last.
+def _over_windows(first, last, n_keys: int, blocks: BlockSizes, fold, carry):
+    """Folds `carry = fold(carry, at, sizes)` over the windows that a tile has to visit.
 
-    window: what a window of `keys` (static) keys from key `at` on gives by itself.
+    first, last: int32 [tile's query blocks]: the key blocks first .. last that each visits.
+    fold: takes the window from key `at` on, of which the tile's query blocks visit the
+      first `sizes` (static) key blocks each.
+    n_keys: key blocks there are.
     """
-    sizes = [functools.partial(window, (n + 1) * blocks.key) for n in range(blocks.window)]
-
-    def step(w, carry):
-        start = first + w * blocks.window
-        at = start * blocks.key
-        n = jnp.minimum(last - start, blocks.window)
-        return merge(carry, at, jax.lax.switch(n - 1, sizes, at))
-
-    return jax.lax.fori_loop(0, (last - first + blocks.window - 1) // blocks.window, step, carry)
+    n = first.shape[0]
+    lo, hi = first.min(), last.max()
+    if n <= n_keys:  # stairs: every query block visits one key block more than the one before
+        stairs = (hi >= n) & jnp.all(last <= hi - jnp.arange(n)[::-1])
+        climb = lambda carry: fold(carry, (hi - n) * blocks.key, range(1, n + 1))
+        carry = jax.lax.cond(stairs, climb, lambda carry: carry, carry)
+        hi = jnp.where(stairs, hi - n, hi)
+    for size in sorted({1, min(blocks.window, n_keys - 1)} - {0}, reverse=True):
+        step = lambda w, carry, lo=lo, size=size: fold(
+            carry, (lo + w * size) * blocks.key, (size,) * n
+        )
+        rounds = jnp.maximum(hi - lo, 0) // size
+        carry = jax.lax.fori_loop(0, rounds, step, carry)
+        lo += rounds * size
+    return carry
 
 
 def _finite(m):
@@ -104,34 +117,46 @@ def _forward(q_RGTH, k_RSH, v_RSH, mask, first, last, *, scale, blocks):
     Returns out [R, G, T, H] in q's dtype and lse [R, G, T] fp32 (-inf where nothing is seen).
     """
     R, G, T, H = q_RGTH.shape
-    cq = blocks.query
+    cq, ck = blocks.query, blocks.key
+    n = _divisor(T // cq, blocks.window)
     k_RHS = k_RSH.swapaxes(1, 2)
 
-    def query_block(i):
-        q = (_part(q_RGTH, i * cq, cq, 2).reshape(R, G * cq, H) * scale).astype(q_RGTH.dtype)
-        rows = _row_block(mask, i, cq, G)
+    def tile(i):
+        starts = [(i * n + j) * cq for j in range(n)]
+        block = lambda at: (_part(q_RGTH, at, cq, 2) * scale).astype(q_RGTH.dtype)
+        queries = [block(at).reshape(R, G * cq, H) for at in starts]
+        rows = [_rows(mask, at, cq, G) for at in starts]
 
-        def window(keys, at):
-            s = _dot(q, _part(k_RHS, at, keys, 2))  # [R, G * cq, keys]
-            s = _hide(s, rows, mask, at, transposed=False)
-            m = s.max(-1)
-            p = jnp.exp(s - _finite(m)[..., None])
-            return m, p.sum(-1), _dot(p.astype(v_RSH.dtype), _part(v_RSH, at, keys, 1))
+        def fold(carry, at, sizes):
+            whole = max(sizes) * ck
+            k, v = _part(k_RHS, at, whole, 2), _part(v_RSH, at, whole, 1)
+            columns = _columns(mask, at, whole)
 
-        def merge(carry, at, new):
-            m = jnp.maximum(carry[0], new[0])
-            old, new = ((jnp.exp(m_part - _finite(m)), l, acc) for m_part, l, acc in (carry, new))
-            l = old[0] * old[1] + new[0] * new[1]
-            return m, l, old[0][..., None] * old[2] + new[0][..., None] * new[2]
+            def one(carry, q, rows, size):
+                m, l, acc = carry
+                s = _hide(_dot(q, k[:, :, : size * ck]), rows, columns, transposed=False)
+                new_m = jnp.maximum(m, s.max(-1))
+                p = jnp.exp(s - _finite(new_m)[..., None])
+                old = jnp.exp(m - _finite(new_m))
+                acc = old[..., None] * acc + _dot(p.astype(v.dtype), v[:, : size * ck])
+                return new_m, old * l + p.sum(-1), acc
 
-        start = (jnp.full((R, G * cq), -jnp.inf), jnp.zeros((R, G * cq)), jnp.zeros((R, G * cq, H)))
-        m, l, acc = _over_windows(first[i], last[i], blocks, window, merge, start)
+            return [one(*x) for x in zip(carry, queries, rows, sizes, strict=True)]
+
+        rows_of = (R, G * cq)
+        start = (jnp.full(rows_of, -jnp.inf), jnp.zeros(rows_of), jnp.zeros((*rows_of, H)))
+        some = lambda x: _part(x, i * n, n, 0)
+        n_keys = k_RSH.shape[1] // ck
+        folded = _over_windows(some(first), some(last), n_keys, blocks, fold, [start] * n)
+        m, l, acc = (jnp.stack(x, 1) for x in zip(*folded, strict=True))  # [R, n, G * cq, ...]
         out = acc / jnp.where(l == 0.0, 1.0, l)[..., None]
-        lse = m + jnp.log(l)  # -inf + -inf where nothing was seen
-        return out.astype(q_RGTH.dtype).reshape(R, G, cq, H), lse.reshape(R, G, cq)
+        return out.astype(q_RGTH.dtype), m + jnp.log(l)  # -inf where nothing was seen
 
-    out, lse = jax.lax.map(query_block, jnp.arange(T // cq))
-    return jnp.moveaxis(out, 0, 2).reshape(q_RGTH.shape), jnp.moveaxis(lse, 0, 2).reshape(R, G, T)
+    out, lse = jax.lax.map(tile, jnp.arange(T // (n * cq)))
+    whole = lambda x: jnp.moveaxis(
+        x.reshape(-1, R, n, G, cq, *x.shape[4:]), (1, 3), (0, 1)
+    ).reshape(R, G, T, *x.shape[4:])
+    return whole(out), whole(lse)
 
 
 def _backward(q_RGTH, k_RSH, v_RSH, lse, delta, do_RGTH, mask, first, last, *, scale, blocks):
@@ -141,42 +166,49 @@ def _backward(q_RGTH, k_RSH, v_RSH, lse, delta, do_RGTH, mask, first, last, *, s
     transposed, [key, query], so that all five products contract along contiguous memory.
     """
     R, G, T, H = q_RGTH.shape
-    S = k_RSH.shape[1]
-    cq = blocks.query
-    whole = blocks.window * blocks.key
+    cq, ck = blocks.query, blocks.key
+    n = _divisor(T // cq, blocks.window)
     k_scaled, k_RHS = (k_RSH * scale).astype(k_RSH.dtype), k_RSH.swapaxes(1, 2)
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # rows that see nothing: exp(-inf - inf) = 0
 
-    def query_block(dkv, i):
-        block = lambda x: _part(x, i * cq, cq, 2).reshape(R, G * cq, *x.shape[3:])
-        q, do, lse_i, delta_i = map(block, (q_RGTH, do_RGTH, lse, delta))
-        q_T, do_T = q.swapaxes(1, 2), do.swapaxes(1, 2)
-        rows = _row_block(mask, i, cq, G)
+    def tile(dkv, i):
+        starts = [(i * n + j) * cq for j in range(n)]
 
-        def window(keys, at):
-            s = _dot(_part(k_scaled, at, keys, 1), q_T)  # [R, keys, G * cq]
-            p = jnp.exp(_hide(s, rows, mask, at, transposed=True) - lse_i[:, None])
-            dp = _dot(_part(v_RSH, at, keys, 1), do_T)
-            ds = (p * (dp - delta_i[:, None])).astype(q.dtype)
-            # All windows give dk and dv of one size.
-            fill = lambda x: jnp.pad(x, ((0, 0), (0, whole - keys), (0, 0)))
-            dk, dv = fill(_dot(ds, q)), fill(_dot(p.astype(do.dtype), do))
-            return _dot(_part(k_RHS, at, keys, 2), ds), (dk, dv)
+        def block(at):
+            of = lambda x: _part(x, at, cq, 2).reshape(R, G * cq, *x.shape[3:])
+            return *map(of, (q_RGTH, do_RGTH, lse, delta)), _rows(mask, at, cq, G)
 
-        def merge(carry, at, new):
-            add = lambda x, dx: jax.lax.dynamic_update_slice_in_dim(
-                x, _part(x, at, whole, 1) + dx, at, 1
-            )
-            return carry[0] + new[0], jax.tree.map(add, carry[1], new[1])
+        queries = [block(at) for at in starts]
 
-        start = (jnp.zeros((R, H, G * cq)), dkv)
-        dq_T, dkv = _over_windows(first[i], last[i], blocks, window, merge, start)
-        return dkv, dq_T
+        def fold(carry, at, sizes):
+            window = lambda x, axis: _part(x, at, max(sizes) * ck, axis)
+            k, k_T, v = window(k_scaled, 1), window(k_RHS, 2), window(v_RSH, 1)
+            columns = _columns(mask, at, max(sizes) * ck)
+            dqs, *dkv = carry
+            dk, dv = (window(x, 1) for x in dkv)
+            new_dqs = []
+            for dq, (q, do, lse_i, delta_i, rows), size in zip(dqs, queries, sizes, strict=True):
+                seen = slice(size * ck)
+                s = _dot(k[:, seen], q.swapaxes(1, 2))  # [R, keys, G * cq]
+                p = jnp.exp(_hide(s, rows, columns, transposed=True) - lse_i[:, None])
+                dp = _dot(v[:, seen], do.swapaxes(1, 2))
+                ds = (p * (dp - delta_i[:, None])).astype(q.dtype)
+                dk = dk.at[:, seen].add(_dot(ds, q))
+                dv = dv.at[:, seen].add(_dot(p.astype(do.dtype), do))
+                new_dqs.append(dq + _dot(k_T[:, :, seen], ds))
+            put = lambda x, dx: jax.lax.dynamic_update_slice_in_dim(x, dx, at, 1)
+            return new_dqs, *map(put, dkv, (dk, dv))
 
-    zeros = jnp.zeros((R, S + whole - blocks.key, H))  # the last window may end beyond the keys
-    (dk, dv), dq_T = jax.lax.scan(query_block, (zeros, zeros), jnp.arange(T // cq))
+        start = ([jnp.zeros((R, H, G * cq))] * n, *dkv)
+        some = lambda x: _part(x, i * n, n, 0)
+        n_keys = k_RSH.shape[1] // ck
+        dq_T, *dkv = _over_windows(some(first), some(last), n_keys, blocks, fold, start)
+        return tuple(dkv), jnp.stack(dq_T)
+
+    zeros = jnp.zeros(k_RSH.shape)
+    (dk, dv), dq_T = jax.lax.scan(tile, (zeros, zeros), jnp.arange(T // (n * cq)))
     dq = dq_T.reshape(T // cq, R, H, G, cq).transpose(1, 3, 0, 4, 2).reshape(q_RGTH.shape)
-    return dq * scale, dk[:, :S] * scale, dv[:, :S]
+    return dq * scale, dk * scale, dv
 
 
 def _heads(f, mask, default: masks.Default | None, blocks: BlockSizes, args):
@@ -255,9 +287,12 @@ def _attend_bwd(default, scale, blocks, residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _block(length: int, most: int) -> int:
-    """The size of as few equal blocks of at most `most` as cover `length`, a multiple of 8."""
+def _block(length: int, most: int, window: int) -> int:
+    """The size, a multiple of 8, of as few blocks of at most `most` as cover `length` in
+    tiles of equally many, at most `window`."""
     n = -(-length // most)
+    tiles = -(-n // window)
+    n = -(-n // tiles) * tiles
     return -(-length // (8 * n)) * 8
 
 
@@ -299,7 +334,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, blocks: BlockSizes | None = N
         arrays = mask.arrays(T, S) if isinstance(mask, masks.Default) else mask
         return _attend_one(q_BTNH, k_BSKH, v_BSKH, arrays, scale)
     most = blocks or default_blocks()
-    cq, ck = _block(T, most.query), _block(S, most.key)
+    cq, ck = _block(T, most.query, most.window), _block(S, most.key, most.window)
     whole_T, whole_S = -(-T // cq) * cq, -(-S // ck) * ck
     blocks = dataclasses.replace(most, query=cq, key=ck, window=min(most.window, whole_S // ck))
     longer = lambda x, n: jnp.pad(x, ((0, 0), (0, n - x.shape[1]), (0, 0), (0, 0)))
