@@ -216,6 +216,9 @@ def _heads(f, mask, default: masks.Default | None, blocks: BlockSizes, args):
     B, K, G, T, _ = args[0].shape
     if default is not None:
         mask = masks.pad(default[0].arrays(*default[1:]), T, args[1].shape[2])
+    # Tied to the queries: what depends on the mask alone would be taken out of a scan over
+    # layers, and written out for all heads and tiles.
+    mask, _ = jax.lax.optimization_barrier((mask, args[0][0, 0, 0, 0, 0]))
     live, _ = masks.block_plan(mask, blocks.query, blocks.key)
     masked = (mask, *masks.live_range(live))
     window = blocks.query * blocks.key * blocks.window

@@ -260,6 +260,20 @@ def test_memory_grows_with_length_not_its_square(monkeypatch):
     assert large < 16_384**2  # one byte a pair
 
 
+def test_a_scan_over_layers_does_not_keep_masks(monkeypatch):
+    """JAX takes what no layer changes out of a scan, which would store masks for all blocks."""
+    monkeypatch.undo()
+    T, freq = 8192, np.ones(8, np.float32)
+
+    def loss(x):
+        attend = lambda x: rotary_attention(x, x, x, None, None, inv_freq=freq)
+        return jax.lax.scan(lambda x, _: (attend(x), None), x, length=2)[0].sum()
+
+    x = jax.ShapeDtypeStruct((1, T, 2, 16), jnp.float32)
+    compiled = jax.jit(jax.grad(loss)).lower(x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < T**2  # one byte a pair
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
