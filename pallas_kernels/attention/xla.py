@@ -29,7 +29,7 @@ class BlockSizes:
     Attributes:
       query, key: tokens in a block.
       window: most query blocks in a tile and most key blocks in a window.
-      scores: most scores held at once, fp32; as many heads run together as that allows.
+      scores: most in one product; as many heads run together as that allows.
     """
 
     query: int = 256
@@ -86,16 +86,18 @@ def _over_windows(first, last, n_keys: int, blocks: BlockSizes, fold, carry):
     first, last: int32 [tile's query blocks]: the key blocks first .. last that each visits.
     fold: takes the window from key `at` on, of which the tile's query blocks visit the
       first `sizes` (static) key blocks each.
-    n_keys: key blocks there are.
+    n_keys: key blocks there are, at least as many as the tile has query blocks.
     """
     n = first.shape[0]
     lo, hi = first.min(), last.max()
-    if n <= n_keys:  # stairs: every query block visits one key block more than the one before
-        stairs = (hi >= n) & jnp.all(last <= hi - jnp.arange(n)[::-1])
-        climb = lambda carry: fold(carry, (hi - n) * blocks.key, range(1, n + 1))
-        carry = jax.lax.cond(stairs, climb, lambda carry: carry, carry)
-        hi = jnp.where(stairs, hi - n, hi)
-    for size in sorted({1, min(blocks.window, n_keys - 1)} - {0}, reverse=True):
+    # Stairs: each query block visits one key block more than the one before.
+    stairs = (hi >= n) & jnp.all(last <= hi - jnp.arange(n)[::-1])
+    climb = lambda carry: fold(carry, (hi - n) * blocks.key, range(1, n + 1))
+    carry = jax.lax.cond(stairs, climb, lambda carry: carry, carry)
+    hi = jnp.where(stairs, hi - n, hi)
+    # A window in a loop is not all keys, or XLA would take its scores out of the loop. A single
+    # key block is a stair and needs none.
+    for size in sorted({min(size, n_keys - 1) for size in (1, blocks.window)} - {0}, reverse=True):
         step = lambda w, carry, lo=lo, size=size: fold(
             carry, (lo + w * size) * blocks.key, (size,) * n
         )
