@@ -107,6 +107,11 @@ def _over_windows(first, last, n_keys: int, blocks: BlockSizes, fold, carry):
     return carry
 
 
+def _numbered(first, last, n: int):
+    """The tiles of n query blocks: number and key blocks, as `_over_windows` takes them."""
+    return jnp.arange(first.size // n), first.reshape(-1, n), last.reshape(-1, n)
+
+
 def _finite(m):
     """A row that has seen nothing has m = -inf; any finite stand-in makes its p = 0."""
     return jnp.where(m == -jnp.inf, 0.0, m)
@@ -123,7 +128,8 @@ def _forward(q_RGTH, k_RSH, v_RSH, mask, first, last, *, scale, blocks):
     n = _divisor(T // cq, blocks.window)
     k_RHS = k_RSH.swapaxes(1, 2)
 
-    def tile(i):
+    def tile(at_tile):
+        i, first, last = at_tile
         starts = [(i * n + j) * cq for j in range(n)]
         block = lambda at: (_part(q_RGTH, at, cq, 2) * scale).astype(q_RGTH.dtype)
         queries = [block(at).reshape(R, G * cq, H) for at in starts]
@@ -145,16 +151,15 @@ def _forward(q_RGTH, k_RSH, v_RSH, mask, first, last, *, scale, blocks):
 
             return [one(*x) for x in zip(carry, queries, rows, sizes, strict=True)]
 
-        rows_of = (R, G * cq)
-        start = (jnp.full(rows_of, -jnp.inf), jnp.zeros(rows_of), jnp.zeros((*rows_of, H)))
-        some = lambda x: _part(x, i * n, n, 0)
+        shape = (R, G * cq)
+        start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, H)))
         n_keys = k_RSH.shape[1] // ck
-        folded = _over_windows(some(first), some(last), n_keys, blocks, fold, [start] * n)
+        folded = _over_windows(first, last, n_keys, blocks, fold, [start] * n)
         m, l, acc = (jnp.stack(x, 1) for x in zip(*folded, strict=True))  # [R, n, G * cq, ...]
         out = acc / jnp.where(l == 0.0, 1.0, l)[..., None]
         return out.astype(q_RGTH.dtype), m + jnp.log(l)  # -inf where nothing was seen
 
-    out, lse = jax.lax.map(tile, jnp.arange(T // (n * cq)))
+    out, lse = jax.lax.map(tile, _numbered(first, last, n))
     whole = lambda x: jnp.moveaxis(
         x.reshape(-1, R, n, G, cq, *x.shape[4:]), (1, 3), (0, 1)
     ).reshape(R, G, T, *x.shape[4:])
@@ -173,7 +178,8 @@ def _backward(q_RGTH, k_RSH, v_RSH, lse, delta, do_RGTH, mask, first, last, *, s
     k_scaled, k_RHS = (k_RSH * scale).astype(k_RSH.dtype), k_RSH.swapaxes(1, 2)
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # rows that see nothing: exp(-inf - inf) = 0
 
-    def tile(dkv, i):
+    def tile(dkv, at_tile):
+        i, first, last = at_tile
         starts = [(i * n + j) * cq for j in range(n)]
 
         def block(at):
@@ -202,13 +208,12 @@ def _backward(q_RGTH, k_RSH, v_RSH, lse, delta, do_RGTH, mask, first, last, *, s
             return new_dqs, *map(put, dkv, (dk, dv))
 
         start = ([jnp.zeros((R, H, G * cq))] * n, *dkv)
-        some = lambda x: _part(x, i * n, n, 0)
         n_keys = k_RSH.shape[1] // ck
-        dq_T, *dkv = _over_windows(some(first), some(last), n_keys, blocks, fold, start)
+        dq_T, *dkv = _over_windows(first, last, n_keys, blocks, fold, start)
         return tuple(dkv), jnp.stack(dq_T)
 
     zeros = jnp.zeros(k_RSH.shape)
-    (dk, dv), dq_T = jax.lax.scan(tile, (zeros, zeros), jnp.arange(T // (n * cq)))
+    (dk, dv), dq_T = jax.lax.scan(tile, (zeros, zeros), _numbered(first, last, n))
     dq = dq_T.reshape(T // cq, R, H, G, cq).transpose(1, 3, 0, 4, 2).reshape(q_RGTH.shape)
     return dq * scale, dk * scale, dv
 
