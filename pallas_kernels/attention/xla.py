@@ -27,7 +27,7 @@ class BlockSizes:
     """What is handled at a time.
 
     Attributes:
-      query, key: tokens in a block.
+      query, key: most tokens in a block.
       window: most query blocks in a tile and most key blocks in a window.
       scores: most in one product; as many heads run together as that allows.
     """
@@ -344,6 +344,9 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, blocks: BlockSizes | None = N
         arrays = mask.arrays(T, S) if isinstance(mask, masks.Default) else mask
         return _attend_one(q_BTNH, k_BSKH, v_BSKH, arrays, scale)
     most = blocks or default_blocks()
+    if T == S:  # as many stairs as a tile may have: what lies above them is not computed
+        step = max(64, -(-T // most.window))
+        most = dataclasses.replace(most, query=min(most.query, step), key=min(most.key, step))
     cq, ck = _block(T, most.query, most.window), _block(S, most.key, most.window)
     whole_T, whole_S = -(-T // cq) * cq, -(-S // ck) * ck
     blocks = dataclasses.replace(most, query=cq, key=ck, window=min(most.window, whole_S // ck))
