@@ -345,8 +345,8 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, blocks: BlockSizes | None = N
         return _attend_one(q_BTNH, k_BSKH, v_BSKH, arrays, scale)
     most = blocks or default_blocks()
     if T == S:  # as many stairs as a tile may have: what lies above them is not computed
-        step = max(64, -(-T // most.window))
-        most = dataclasses.replace(most, query=min(most.query, step), key=min(most.key, step))
+        stair = max(64, -(-T // most.window))
+        most = dataclasses.replace(most, query=min(most.query, stair), key=min(most.key, stair))
     cq, ck = _block(T, most.query, most.window), _block(S, most.key, most.window)
     whole_T, whole_S = -(-T // cq) * cq, -(-S // ck) * ck
     blocks = dataclasses.replace(most, query=cq, key=ck, window=min(most.window, whole_S // ck))

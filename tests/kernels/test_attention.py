@@ -121,6 +121,48 @@ def test_causal(seed, T, heads):
     check(case(seed, T=T, N=N, K=K, P=P), causal(T))
 
 
+@pytest.mark.parametrize("window", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("T", "S", "options"),
+    [
+        (100, 100, {}),  # stairs, whole windows and single blocks; the last tile ends in padding
+        (100, 100, dict(causal=False)),
+        (100, 100, dict(documents=True)),
+        (72, 72, dict(q_index=np.random.default_rng(3).permutation(72))),  # no stairs
+        (24, 80, dict(q_index=np.arange(40, 64))),  # queries in the middle of the keys
+        (80, 24, dict(q_index=np.arange(80))),
+    ],
+)
+def test_every_way_through_tiles_and_windows(window, T, S, options, monkeypatch):
+    blocks = xla.BlockSizes(query=8, key=8, window=window, scores=1000)
+    monkeypatch.setattr(xla, "default_blocks", lambda: blocks)
+    options, random = dict(options), np.random.default_rng(window)
+    if options.pop("documents", False):
+        ids = jnp.asarray(np.cumsum(random.random((2, T)) < 0.05, -1), jnp.int32)
+        options |= dict(q_segment_ids=ids, kv_segment_ids=ids)
+    if "q_index" in options:
+        index = jnp.asarray(options["q_index"], jnp.int32)
+        options["q_index"] = jnp.broadcast_to(index, (2, T))
+        options["kv_index"] = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (2, S))
+    q, k, v = (random.normal(size=(2, n, 2, H)).astype(np.float32) for n in (T, S, S))
+    cotangent = random.normal(size=q.shape).astype(np.float32)
+
+    def results(implementation):
+        def attend(q, k, v):
+            return rotary_attention(
+                *(q, k, v, None, None),
+                inv_freq=INV_FREQ,
+                implementation=implementation,
+                **options,
+            )
+
+        out, vjp = jax.vjp(attend, q, k, v)
+        return out, *vjp(cotangent)
+
+    for ours, true in zip(results("xla"), results("reference"), strict=True):
+        np.testing.assert_allclose(ours, true, atol=1e-5)
+
+
 def test_one_position_per_query_head_rotates_each_key_for_its_query():
     arrays = case(0, N=4, K=2, P=4)
     repeated = arrays | {n: jnp.repeat(arrays[n], 2, 2) for n in "kv"}
