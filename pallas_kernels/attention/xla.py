@@ -9,7 +9,8 @@ keep several cores busy, but operations that do not depend on each other run sid
 so a tile's query blocks are handled as so many independent ones, and the tile on the
 diagonal is spelled out as stairs of static sizes. Few heads run at a time, so that scores
 stay in the cache; scores are transposed in the backward pass, so that no product contracts
-the leading dimension of both operands, which is slow there.
+the leading dimension of both operands, which is slow there. On other devices, where each
+operation has a price of its own, as many rows and heads run together as memory allows.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention import masks
 
 
@@ -30,17 +32,22 @@ class BlockSizes:
       query, key: most tokens in a block.
       window: most query blocks in a tile and most key blocks in a window.
       scores: most in one product; as many heads run together as that allows.
+      rows: most rows of the batch that run together, if all their heads may.
     """
 
     query: int = 256
     key: int = 256
     window: int = 4
     scores: int = 2**19
+    rows: int = 1
 
 
 def default_blocks() -> BlockSizes:
-    """Chosen on two CPU cores at T = 1024."""
-    return BlockSizes()
+    """For `dispatch.target()`: on CPUs chosen on two cores at T = 1024; elsewhere so that few
+    operations are launched and scores take 256 MiB."""
+    if dispatch.target()[0] == "cpu":
+        return BlockSizes()
+    return BlockSizes(query=512, key=512, scores=2**26, rows=2**26)
 
 
 def _part(x, start, size: int, axis: int):
@@ -57,27 +64,34 @@ def _dot(a, b, product=jnp.matmul):
 
 
 def _rows(mask, start, size: int, group: int):
-    """The queries' side of the mask for `size` queries, [group * size]."""
+    """The queries' side of the masks for `size` queries, [M, group * size]."""
     names = ("limit", "q_segment")
-    return {n: jnp.tile(_part(mask[n], start, size, 0), group) for n in names if n in mask}
+    return {n: jnp.tile(_part(mask[n], start, size, 1), group) for n in names if n in mask}
 
 
 def _columns(mask, start, size: int):
-    """The keys' side of the mask for a window."""
+    """The keys' side of the masks for a window, [M, size]."""
     names = ("index", "kv_segment")
-    return {n: _part(mask[n], start, size, 0) for n in names if n in mask}
+    return {n: _part(mask[n], start, size, 1) for n in names if n in mask}
 
 
 def _hide(s, rows, columns, *, transposed: bool):
-    """Scores [R, rows, keys], or transposed, with -inf where a query does not see a key."""
+    """Scores [R, rows, keys], or transposed, with -inf where a query does not see a key.
+
+    The first R / M are under the first mask, and so on.
+    """
     keys = slice(s.shape[1 if transposed else 2])
-    pair = lambda q, k: (q[None, :], k[keys, None]) if transposed else (q[:, None], k[None, keys])
+
+    def pair(q, k):
+        k = k[:, keys]
+        return (q[:, None, :], k[:, :, None]) if transposed else (q[:, :, None], k[:, None, :])
+
     limit, index = pair(rows["limit"], columns["index"])
     visible = index <= limit
     if "q_segment" in rows:
         q, k = pair(rows["q_segment"], columns["kv_segment"])
         visible &= q == k
-    return jnp.where(visible[None], s, -jnp.inf)
+    return jnp.where(jnp.repeat(visible, s.shape[0] // visible.shape[0], axis=0), s, -jnp.inf)
 
 
 def _over_windows(first, last, n_keys: int, blocks: BlockSizes, fold, carry):
@@ -118,9 +132,10 @@ def _finite(m):
 
 
 def _forward(q_RGTH, k_RSH, v_RSH, mask, first, last, *, scale, blocks):
-    """R heads of keys with G heads of queries each, all under one mask.
+    """R heads of keys with G heads of queries each, R / M of them under each of M masks.
 
-    first, last: int32 [T / query]: the key blocks that each query block has to visit.
+    first, last: int32 [T / query]: the key blocks that each query block has to visit under
+      any of the masks.
     Returns out [R, G, T, H] in q's dtype and lse [R, G, T] fp32 (-inf where nothing is seen).
     """
     R, G, T, H = q_RGTH.shape
@@ -228,16 +243,18 @@ def _heads(f, mask, default: masks.Default | None, blocks: BlockSizes, args):
     mask, _ = jax.lax.optimization_barrier((mask, args[0][0, 0, 0, 0, 0]))
     live, _ = masks.block_plan(mask, blocks.query, blocks.key)
     masked = (mask, *masks.live_range(live))
-    window = blocks.query * blocks.key * blocks.window
-    together = _divisor(K, blocks.scores // (G * window))
+    each = G * blocks.query * blocks.key * blocks.window
+    heads = _divisor(K, blocks.scores // each)
+    rows = _divisor(B, min(blocks.rows, blocks.scores // (each * K)))
     # Rows of the batch have masks of their own, unless all have the one known mask.
-    row = jnp.arange(B * K // together) * together // K * (default is None)
+    row = jnp.arange(B * K // (rows * heads)) * rows * heads // K * (default is None)
 
-    def some(heads, row):
-        at = lambda x: jax.lax.dynamic_index_in_dim(x, row, 0, keepdims=False)
-        return f(*heads, *jax.tree.map(at, masked))
+    def some(groups, row):
+        at = lambda x: _part(x, row, rows if default is None else 1, 0)
+        mask, first, last = jax.tree.map(at, masked)
+        return f(*groups, mask, first.min(0), last.max(0))
 
-    groups = [x.reshape(-1, together, *x.shape[2:]) for x in args]
+    groups = [x.reshape(-1, rows * heads, *x.shape[2:]) for x in args]
     out = jax.lax.map(lambda x: some(*x), (groups, row))
     return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[2:]), out)
 

@@ -1,6 +1,7 @@
 """rotary_attention: every implementation against float64, and what its mask promises."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import rotary_attention
+from pallas_kernels import dispatch, rotary_attention
 from pallas_kernels.attention import masks, xla
 from tests.kernels import attention_cases
 
@@ -121,7 +122,8 @@ def test_causal(seed, T, heads):
     check(case(seed, T=T, N=N, K=K, P=P), causal(T))
 
 
-@pytest.mark.parametrize("window", [1, 3, 4])
+# Several rows of the batch run at a time on accelerators, with all their heads.
+@pytest.mark.parametrize(("window", "rows"), [(1, 1), (3, 1), (4, 1), (4, 2)])
 @pytest.mark.parametrize(
     ("T", "S", "options"),
     [
@@ -133,8 +135,9 @@ def test_causal(seed, T, heads):
         (80, 24, dict(q_index=np.arange(80))),
     ],
 )
-def test_every_way_through_tiles_and_windows(window, T, S, options, monkeypatch):
-    blocks = xla.BlockSizes(query=8, key=8, window=window, scores=1000)
+def test_every_way_through_tiles_and_windows(window, rows, T, S, options, monkeypatch):
+    scores = 1000 if rows == 1 else 2**20
+    blocks = xla.BlockSizes(query=8, key=8, window=window, scores=scores, rows=rows)
     monkeypatch.setattr(xla, "default_blocks", lambda: blocks)
     options, random = dict(options), np.random.default_rng(window)
     if options.pop("documents", False):
@@ -314,6 +317,24 @@ def test_a_scan_over_layers_does_not_keep_masks(monkeypatch):
     x = jax.ShapeDtypeStruct((1, T, 2, 16), jnp.float32)
     compiled = jax.jit(jax.grad(loss)).lower(x).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < T**2  # one byte a pair
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_on_accelerators_rows_and_heads_are_not_taken_one_after_the_other(documents, monkeypatch):
+    """There each operation has a price of its own."""
+    monkeypatch.undo()
+    index = jnp.broadcast_to(jnp.arange(19, dtype=jnp.int32), (3, 19))
+    ids = dict(q_segment=index // 7, kv_segment=index // 7)
+    mask = dict(limit=index, index=index) | ids if documents else masks.Default(True)
+
+    def longest_loop():
+        loss = lambda x: xla.attend(x, x, x, mask, scale=1.0)[0].sum()
+        jaxpr = str(jax.make_jaxpr(jax.grad(loss))(jnp.zeros((3, 19, 4, H))))
+        return max(int(n) for n in re.findall(r"\blength=(\d+)", jaxpr))
+
+    assert longest_loop() == 3
+    monkeypatch.setattr(dispatch, "target", lambda: ("gpu", "NVIDIA H200"))
+    assert longest_loop() == 1
 
 
 @pytest.mark.parametrize(
