@@ -52,6 +52,7 @@ def tables(draw):
     return Tables(
         rows=rows,
         columns=columns,
+        questions=draw(small),
         factors=(1, factor),
         row_names=rows * factor + draw(small),
         column_names=columns + draw(small),
@@ -66,6 +67,7 @@ def graphs(draw):
     nodes = 2 * (farthest + chords + 1 + draw(small))
     return Graphs(
         nodes=nodes,
+        questions=draw(small),
         factors=(1, 2),
         farthest=farthest,
         chords=chords,
@@ -171,6 +173,13 @@ def test_no_context_of_a_test_is_trained_on(task):
     for name, examples in task.evaluation_sets().items():
         if not (isinstance(task, Reversal) and examples.x <= 5):
             assert not trained & contexts(examples.tokens), name
+
+
+@pytest.mark.parametrize("task", [Tables(questions=5), Graphs(questions=5)], ids=repr)
+def test_tables_and_graphs_are_asked_several_questions_in_training_and_one_in_tests(task):
+    assert set(task.training_batch(0, 0, 50).answers.sum(1)) == {5}
+    for examples in task.evaluation_sets().values():
+        assert set(examples.answers.sum(1)) == {1}
 
 
 def test_reversal_is_never_trained_on_longer_sequences():

@@ -41,10 +41,12 @@ class Graphs(WordTask):
 
     `shortest_path`: `<distance> a b d`, each distance 1 to `farthest` as often.
 
+    In training a graph is asked `questions` of one kind; in the evaluation sets, one.
+
     Attributes:
       nodes: in training; even.
       factors: how many times more nodes the graphs of the evaluation sets have.
-      farthest, chords: see above.
+      farthest, chords, questions: see above.
       names: different tokens for nodes.
       examples: in each evaluation set.
       test_seed: of the evaluation sets.
@@ -54,6 +56,7 @@ class Graphs(WordTask):
     factors: tuple[int, ...] = (1, 2)
     farthest: int = 4
     chords: int = 2
+    questions: int = 8
     names: int = 64
     examples: int = 500
     test_seed: int = 0
@@ -63,7 +66,8 @@ class Graphs(WordTask):
 
     def __post_init__(self):
         object.__setattr__(self, "factors", tuple(self.factors))
-        check_positive("graphs", factors=self.factors, examples=self.examples)
+        options = {"factors": self.factors, "questions": self.questions, "examples": self.examples}
+        check_positive("graphs", **options)
         if self.chords < 0:
             raise ConfigError(f"graphs.chords is {self.chords}; it must be 0 or more")
         path = self.farthest + self.chords + 1
@@ -83,7 +87,7 @@ class Graphs(WordTask):
     @property
     def length(self) -> int:
         """Tokens of an example."""
-        return self._tokens(self.nodes)
+        return 1 + 3 * (self.nodes - 2 + 2 * self.chords) + 4 * self.questions
 
     @property
     def trained_to(self) -> int:
@@ -102,7 +106,7 @@ class Graphs(WordTask):
         """Rows of kinds drawn for each."""
         rng = training_rng(seed, step)
         distance = rng.random(batch_size) < 0.5
-        return self._examples(rng, distance, self.nodes)
+        return self._examples(rng, distance, self.nodes, self.questions)
 
     def evaluation_sets(self) -> dict[str, EvaluationSet]:
         """One for each kind and factor."""
@@ -117,7 +121,7 @@ class Graphs(WordTask):
             for factor in self.factors:
                 nodes = factor * self.nodes
                 rng = test_rng(self.test_seed, i, nodes)
-                made = self._examples(rng, np.full(self.examples, bool(i)), nodes)
+                made = self._examples(rng, np.full(self.examples, bool(i)), nodes, 1)
                 choices = np.broadcast_to(
                     np.array(answers[kind], np.int32), (self.examples, len(answers[kind]))
                 )
@@ -135,39 +139,43 @@ class Graphs(WordTask):
                 a, b = row[at + 1], row[at + 2]
                 neighbours.setdefault(a, set()).add(b)
                 neighbours.setdefault(b, set()).add(a)
-            ask = int(np.flatnonzero((row == _CONNECTED) | (row == _DISTANCE))[0])
-            start, goal = row[ask + 1], row[ask + 2]
-            seen, edge, steps = {start}, {start}, 0
-            while edge and goal not in edge:
-                edge = set().union(*(neighbours[node] for node in edge)) - seen
-                seen, steps = seen | edge, steps + 1
-            if row[ask] == _CONNECTED:
-                row[ask + 3] = _YES if edge else _NO
-            else:
-                row[ask + 3] = _FIRST + steps - 1
+            for ask in np.flatnonzero((row == _CONNECTED) | (row == _DISTANCE)):
+                start, goal = row[ask + 1], row[ask + 2]
+                seen, edge, steps = {start}, {start}, 0
+                while edge and goal not in edge:
+                    edge = set().union(*(neighbours[node] for node in edge)) - seen
+                    seen, steps = seen | edge, steps + 1
+                if row[ask] == _CONNECTED:
+                    row[ask + 3] = _YES if edge else _NO
+                else:
+                    row[ask + 3] = _FIRST + steps - 1
         return out
 
-    def _tokens(self, nodes: int) -> int:
-        return 1 + 3 * (nodes - 2 + 2 * self.chords) + 4
-
-    def _examples(self, rng: np.random.Generator, distance: np.ndarray, nodes: int) -> Examples:
+    def _examples(
+        self, rng: np.random.Generator, distance: np.ndarray, nodes: int, questions: int
+    ) -> Examples:
         """Examples [n, T]; `distance`, bool [n], says which ask for it."""
         n, half = len(distance), nodes // 2
         each = np.arange(n)
         edges = self._half(rng, n, half)
         other = self._half(rng, n, half)
-        wanted = rng.integers(1, self.farthest, n, endpoint=True)
-        connected = rng.random(n) < 0.5
+        steps, other_steps = self._steps(edges, half), self._steps(other, half)
 
-        def pair(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            steps = self._steps(edges, half)
+        def pair(steps: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             fits = np.where(distance[:, None, None], steps == wanted[:, None, None], steps > 1)
             fits = fits.reshape(n, -1)
             return np.divmod((rng.random(fits.shape) * fits).argmax(1), half)
 
-        a, b = pair(edges)
-        # The halves' names are drawn, so it does not matter which half the first node is in.
-        b = np.where(distance | connected, b, half + pair(other)[1])
+        def question() -> list[np.ndarray]:
+            wanted = rng.integers(1, self.farthest, n, endpoint=True)
+            connected = rng.random(n) < 0.5
+            a, b = pair(steps, wanted)
+            # The halves' names are drawn, so it does not matter in which half the first node is.
+            b = np.where(distance | connected, b, half + pair(other_steps, wanted)[1])
+            answer = np.where(connected, _YES, _NO)
+            return [a, b, np.where(distance, _FIRST + wanted - 1, answer)]
+
+        a, b, answer = np.stack([question() for _ in range(questions)], 2)  # [n, questions]
         edges = np.concatenate([edges, half + other], 1)
         names = _FIRST + self.farthest + distinct(rng, n, nodes, self.names)
         named = names[each[:, None, None], edges]
@@ -175,17 +183,12 @@ class Graphs(WordTask):
         flip = rng.random(named.shape[:2])[..., None] < 0.5
         named = np.where(flip, named[..., ::-1], named)
         lines = np.concatenate([np.full((*named.shape[:2], 1), _EDGE), named], 2).reshape(n, -1)
-        answer = np.where(connected, _YES, _NO)
-        answer = np.where(distance, _FIRST + wanted - 1, answer)
-        question = [
-            np.where(distance, _DISTANCE, _CONNECTED),
-            names[each, a],
-            names[each, b],
-            answer,
-        ]
-        tokens = np.concatenate([np.full((n, 1), START), lines, np.stack(question, 1)], 1)
+        mark = np.broadcast_to(np.where(distance, _DISTANCE, _CONNECTED)[:, None], answer.shape)
+        named = (names[each[:, None], node] for node in (a, b))
+        ask = np.stack([mark, *named, answer], 2).reshape(n, -1)
+        tokens = np.concatenate([np.full((n, 1), START), lines, ask], 1)
         answers = np.zeros(tokens.shape, bool)
-        answers[:, -1] = True
+        answers[:, lines.shape[1] + 4 :: 4] = True
         return padded(tokens, answers, tokens.shape[1])
 
     def _steps(self, edges: np.ndarray, size: int) -> np.ndarray:

@@ -30,8 +30,12 @@ class Tables(WordTask):
     `lookup`: `<lookup> row column value`. `largest`: `<largest> column row`, the row that has the
     largest number in the column. All numbers of a table are different.
 
+    In training a table is asked `questions` of one kind, since many answers are needed before a
+    model finds its way in a table; in the evaluation sets, one.
+
     Attributes:
       rows, columns: at most in training, where a batch has from 2 up of each.
+      questions: to a table in training.
       factors: how many times more rows the tables of the evaluation sets have; columns as many.
       row_names, column_names, numbers: different tokens of each sort.
       examples: in each evaluation set.
@@ -40,6 +44,7 @@ class Tables(WordTask):
 
     rows: int = 6
     columns: int = 4
+    questions: int = 8
     factors: tuple[int, ...] = (1, 2, 4)
     row_names: int = 32
     column_names: int = 16
@@ -57,6 +62,7 @@ class Tables(WordTask):
         for name, least, why in (
             ("rows", 2, "a table has two or more"),
             ("columns", 2, "a table has two or more"),
+            ("questions", 1, "a table is asked one or more"),
             ("row_names", most, f"there are tables of {most} rows"),
             ("column_names", self.columns, f"tables have {self.columns} columns"),
             ("numbers", most * self.columns, f"there are tables of {most} x {self.columns}"),
@@ -68,7 +74,7 @@ class Tables(WordTask):
     @property
     def length(self) -> int:
         """Tokens of the largest training example."""
-        return self._tokens(self.rows)
+        return self._tokens(self.rows, self.questions)
 
     @property
     def trained_to(self) -> int:
@@ -85,11 +91,14 @@ class Tables(WordTask):
         )
 
     def training_batch(self, seed: int, step: int, batch_size: int) -> Examples:
-        """Tables of one size, drawn for the batch, and a question drawn for each row of it."""
+        """Tables of one size, drawn for the batch, and questions drawn for each."""
         rng = training_rng(seed, step)
         size = rng.integers(2, (self.rows, self.columns), endpoint=True)
         largest = rng.random(batch_size) < 0.5
-        made = [self._examples(rng, kind, batch_size, *size, self.length)[0] for kind in KINDS]
+        made = [
+            self._examples(rng, kind, batch_size, *size, self.questions, self.length)[0]
+            for kind in KINDS
+        ]
         pick = lambda name: np.where(largest[:, None], *(getattr(m, name) for m in made[::-1]))
         return Examples(pick("tokens"), pick("answers"))
 
@@ -101,7 +110,7 @@ class Tables(WordTask):
                 rows = factor * self.rows
                 rng = test_rng(self.test_seed, i, rows)
                 made, choices = self._examples(
-                    rng, kind, self.examples, rows, self.columns, self._tokens(rows)
+                    rng, kind, self.examples, rows, self.columns, 1, self._tokens(rows, 1)
                 )
                 sets[f"{kind}_{rows}"] = EvaluationSet(
                     made.tokens, made.answers, rows, kind, choices
@@ -113,25 +122,33 @@ class Tables(WordTask):
         out = prompts.copy()
         for tokens in out:
             first, *others = np.flatnonzero(tokens == _ROW)
-            end = int(np.flatnonzero((tokens == _LOOKUP) | (tokens == _LARGEST))[0])
+            asked = np.flatnonzero((tokens == _LOOKUP) | (tokens == _LARGEST))
             columns = list(tokens[1:first])
             rows = {
                 tokens[start + 1]: tokens[start + 2 : start + 2 + len(columns)]
                 for start in (first, *others)
             }
-            if tokens[end] == _LOOKUP:
-                row, column = tokens[end + 1 : end + 3]
-                tokens[end + 3] = rows[row][columns.index(column)]
-            else:
-                at = columns.index(tokens[end + 1])
-                tokens[end + 2] = max(rows, key=lambda row: rows[row][at])
+            for ask in asked:
+                if tokens[ask] == _LOOKUP:
+                    row, column = tokens[ask + 1 : ask + 3]
+                    tokens[ask + 3] = rows[row][columns.index(column)]
+                else:
+                    at = columns.index(tokens[ask + 1])
+                    tokens[ask + 2] = max(rows, key=lambda row, at=at: rows[row][at])
         return out
 
-    def _tokens(self, rows: int) -> int:
-        return 1 + self.columns + rows * (2 + self.columns) + 4
+    def _tokens(self, rows: int, questions: int) -> int:
+        return 1 + self.columns + rows * (2 + self.columns) + 4 * questions
 
     def _examples(
-        self, rng: np.random.Generator, kind: str, n: int, rows: int, columns: int, length: int
+        self,
+        rng: np.random.Generator,
+        kind: str,
+        n: int,
+        rows: int,
+        columns: int,
+        questions: int,
+        length: int,
     ):
         """Examples of one kind [n, length], and the tokens that may be asked for [n, C]."""
         first_number = _FIRST + self.row_names + self.column_names
@@ -142,17 +159,20 @@ class Tables(WordTask):
         lines = np.concatenate(
             [np.full((n, rows, 1), _ROW), row_names[:, :, None], table], 2
         ).reshape(n, -1)
-        each, column = np.arange(n), rng.integers(columns, size=n)
+        each, column = np.arange(n)[:, None], rng.integers(columns, size=(n, questions))
         if kind == "lookup":
-            row = rng.integers(rows, size=n)
-            asked = [np.full(n, _LOOKUP), row_names[each, row], column_names[each, column]]
+            row = rng.integers(rows, size=(n, questions))
+            asked = [row_names[each, row], column_names[each, column]]
             answer, choices = table[each, row, column], numbers
         else:
-            asked = [np.full(n, _LARGEST), column_names[each, column]]
-            answer = row_names[each, table[each, :, column].argmax(1)]
-            choices = row_names
-        question = np.stack([*asked, answer], 1)
-        tokens = np.concatenate([np.full((n, 1), START), column_names, lines, question], 1)
+            asked = [column_names[each, column]]
+            answer, choices = row_names[each, table.argmax(1)[each, column]], row_names
+        mark = np.full(answer.shape, _LOOKUP if kind == "lookup" else _LARGEST)
+        ask = np.stack([mark, *asked, answer], 2)
+        tokens = np.concatenate(
+            [np.full((n, 1), START), column_names, lines, ask.reshape(n, -1)], 1
+        )
         answers = np.zeros(tokens.shape, bool)
-        answers[:, -1] = True
+        first = 1 + columns + lines.shape[1]
+        answers[:, first + ask.shape[2] - 1 :: ask.shape[2]] = True
         return padded(tokens, answers, length), choices
