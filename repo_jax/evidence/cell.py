@@ -66,8 +66,8 @@ def run(
     machine; of several together, also of which ones.
 
     Args:
-      cells: one; several only on devices that are no CPUs: vmapped gradients are wrong on CPUs
-        in jaxlib 0.10.2.
+      cells: one; several are for devices that are no CPUs, on which jaxlib 0.10.2 got some
+        vmapped gradients wrong.
       out: folder of the suite.
       watch: see `Watch`; called again before anything is written.
       commit: of this code, for the records.

@@ -291,6 +291,26 @@ def test_the_command_reports_what_there_is_and_then_says_which_cells_failed(monk
         command.main([*ONE, "--out", str(tmp_path / "out")])
 
 
+def test_seeds_that_train_together_come_out_as_alone(tmp_path):
+    group = load("tiny", experiments=["recall"], methods=["repo"], seeds=[0, 1]).cells()
+    cells.run(group, tmp_path / "together")
+    for cell in group:
+        cells.run([cell], tmp_path / "alone")
+        alone, together = (
+            json.loads(cells.cell_path(tmp_path / out, cell).read_text())
+            for out in ("alone", "together")
+        )
+        assert together["seeds_together"] == [0, 1]
+        np.testing.assert_allclose(together["losses"], alone["losses"], atol=1e-5)
+        for ours, true in zip(together["evaluations"], alone["evaluations"], strict=True):
+            np.testing.assert_allclose(ours["loss"], true["loss"], atol=1e-5)
+        params = (
+            from_pretrained(cells.model_path(tmp_path / out, cell))[1]
+            for out in ("together", "alone")
+        )
+        jax.tree.map(lambda *x: np.testing.assert_allclose(*x, atol=1e-4), *params)
+
+
 def test_seeds_that_train_together_are_missing_together(tmp_path, accelerator):
     out, together = tmp_path / "out", dict(methods=["rope", "repo"], changes=["vmap_seeds=true"])
     run_here(out, **together)
