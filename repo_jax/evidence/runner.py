@@ -98,7 +98,7 @@ def _cores() -> int:
 def _check(suite: Suite, out: Path, on_cpu: bool) -> None:
     """Refuses what would fail later."""
     if suite.vmap_seeds and on_cpu:
-        raise ConfigError("vmap_seeds is true; it must be false on a CPU")
+        raise ConfigError("vmap_seeds is true; it must be false on a CPU: add --vmap_seeds false")
     path = out / "suite.json"
     if not path.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} is not empty and has no suite.json; name a new folder")

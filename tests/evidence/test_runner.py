@@ -416,7 +416,8 @@ def test_a_headline_that_does_not_exist_is_refused_before_long_work(tmp_path):
 
 
 def test_vmapped_seeds_are_refused_on_cpus(tmp_path):
-    with pytest.raises(ConfigError, match="vmap_seeds is true; it must be false on a CPU"):
+    message = "vmap_seeds is true; it must be false on a CPU: add --vmap_seeds false"
+    with pytest.raises(ConfigError, match=message):
         command.main([*ONE, "--out", str(tmp_path / "out"), "--vmap_seeds", "true"])
 
 
