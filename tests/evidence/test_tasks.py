@@ -176,8 +176,22 @@ def test_no_context_of_a_test_is_trained_on(task):
 
 
 @pytest.mark.parametrize("task", [Tables(questions=5), Graphs(questions=5)], ids=repr)
-def test_tables_and_graphs_are_asked_several_questions_in_training_and_one_in_tests(task):
-    assert set(task.training_batch(0, 0, 50).answers.sum(1)) == {5}
+def test_tables_and_graphs_are_asked_several_questions_in_training_but_none_twice(task):
+    batches = [task.training_batch(0, step, 20) for step in range(10)]  # of several sizes
+    rows = [row for b in batches for row in zip(b.tokens, b.answers, strict=True)]
+    counted = set()
+    for tokens, answers in rows:
+        marks = np.flatnonzero(np.isin(tokens, (3, 4)))
+        length = marks[1] - marks[0]
+        # Whether nodes are connected does not depend on their order.
+        order = sorted if isinstance(task, Graphs) else tuple
+        asked = [tuple(order(tokens[i + 1 : i + length - 1].tolist())) for i in marks]
+        first = [asked.index(question) == i for i, question in enumerate(asked)]
+        assert len(asked) == 5
+        assert set(np.flatnonzero(answers)) == set(marks[first] + length - 1)
+        counted.add(sum(first))
+    assert 5 in counted
+    assert len(counted) > 1
     for examples in task.evaluation_sets().values():
         assert set(examples.answers.sum(1)) == {1}
 
@@ -244,21 +258,24 @@ def test_columns_come_in_any_order():
     assert len(headers) == math.factorial(4)
 
 
+def balanced(values, choices):
+    counts = collections.Counter(values.tolist())
+    n, share = len(values), 1 / choices
+    bound = 5 * math.sqrt(n * share * (1 - share))
+    return len(counts) == choices and all(abs(c - n * share) < bound for c in counts.values())
+
+
 @pytest.mark.parametrize("factor", [1, 2])
-def test_graph_answers_are_balanced_and_no_connected_pair_has_an_edge(factor):
+def test_graph_answers_are_balanced_and_so_are_the_distances_of_connected_nodes(factor):
     task = Graphs(examples=4000)
     sets = task.evaluation_sets()
     nodes = factor * task.nodes
-    for kind, size in (("connectivity", 2), ("shortest_path", task.farthest)):
-        examples = sets[f"{kind}_{nodes}"]
-        counts = collections.Counter(examples.tokens[examples.answers])
-        assert len(counts) == size
-        bound = 5 * math.sqrt(4000 * (1 / size) * (1 - 1 / size))
-        assert all(abs(count - 4000 / size) < bound for count in counts.values())
-    for tokens in sets[f"connectivity_{nodes}"].tokens[:500]:
-        end = tokens.tolist().index(3)
-        edges = tokens[1:end].reshape(-1, 3)[:, 1:]
-        assert set(tokens[end + 1 : end + 3]) not in [set(edge) for edge in edges.tolist()]
+    connectivity, shortest = sets[f"connectivity_{nodes}"], sets[f"shortest_path_{nodes}"]
+    assert balanced(connectivity.tokens[connectivity.answers], 2)
+    assert balanced(shortest.tokens[shortest.answers], task.farthest)
+    connected = connectivity.tokens[connectivity.tokens[:, -1] == 6]
+    connected[:, -4] = 4  # asks how far apart they are
+    assert balanced(task.oracle(connected)[:, -1], task.farthest)
 
 
 @pytest.mark.parametrize("factor", [1, 2])

@@ -186,6 +186,16 @@ def shuffled(rng: np.random.Generator, *arrays: np.ndarray) -> list[np.ndarray]:
     return [array[rows, order] for array in arrays]
 
 
+def first_asked(*parts: np.ndarray) -> np.ndarray:
+    """bool [n, questions]: whether no earlier question of the row has the same parts.
+
+    Args:
+      parts: int [n, questions] each.
+    """
+    same = np.all([part[:, :, None] == part[:, None, :] for part in parts], 0)
+    return ~np.tril(same, -1).any(2)
+
+
 def padded(tokens: np.ndarray, answers: np.ndarray, length: int) -> Examples:
     """Examples of [n, T] filled up to [n, length]."""
     more = ((0, 0), (0, length - tokens.shape[1]))

@@ -13,6 +13,7 @@ from repo_jax.evidence.tasks.base import (
     WordTask,
     check_positive,
     distinct,
+    first_asked,
     padded,
     shuffled,
     test_rng,
@@ -33,15 +34,16 @@ class Graphs(WordTask):
     there are pairs at every distance up to `farthest`, and nothing but the edges tells whether
     two nodes are connected.
 
-    `connectivity`: `<connected> a b yes|no`, half of each, connected nodes never being
-    neighbours. Where they are apart, b is the second of a pair drawn by the same rule in the other
-    half, so the number of edges of neither tells the answer. Less than a search still beats
-    chance: to say yes where the two have a common neighbour is right 73 % of the time with the
-    default difficulty, 62 % in graphs of twice the size.
+    `connectivity`: `<connected> a b yes|no`, half of each, connected nodes being 1 to `farthest`
+    apart as often. Where they are not connected, b is the second of a pair drawn by the same rule
+    in the other half, so the number of edges of neither tells the answer. Less than a search
+    still beats chance: to say yes to neighbours only is right in (`farthest` + 1) of
+    2 `farthest` cases.
 
     `shortest_path`: `<distance> a b d`, each distance 1 to `farthest` as often.
 
-    In training a graph is asked `questions` of one kind; in the evaluation sets, one.
+    In training a graph is asked `questions` of one kind, of which those about a pair that was asked
+    for before do not count; in the evaluation sets, one.
 
     Attributes:
       nodes: in training; even.
@@ -161,17 +163,17 @@ class Graphs(WordTask):
         other = self._half(rng, n, half)
         steps, other_steps = self._steps(edges, half), self._steps(other, half)
 
-        def pair(steps: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            fits = np.where(distance[:, None, None], steps == wanted[:, None, None], steps > 1)
-            fits = fits.reshape(n, -1)
-            return np.divmod((rng.random(fits.shape) * fits).argmax(1), half)
+        def pair(steps: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+            fits = (steps == wanted[:, None, None]).reshape(n, -1)
+            return np.stack(np.divmod((rng.random(fits.shape) * fits).argmax(1), half))
 
         def question() -> list[np.ndarray]:
             wanted = rng.integers(1, self.farthest, n, endpoint=True)
-            connected = rng.random(n) < 0.5
-            a, b = pair(steps, wanted)
-            # The halves' names are drawn, so it does not matter in which half the first node is.
-            b = np.where(distance | connected, b, half + pair(other_steps, wanted)[1])
+            connected = distance | (rng.random(n) < 0.5)
+            first = rng.random(n) < 0.5  # a is of the first half
+            in_first, in_other = pair(steps, wanted), half + pair(other_steps, wanted)
+            a, same = np.where(first, in_first, in_other)
+            b = np.where(connected, same, np.where(first, in_other, in_first)[1])
             answer = np.where(connected, _YES, _NO)
             return [a, b, np.where(distance, _FIRST + wanted - 1, answer)]
 
@@ -188,7 +190,7 @@ class Graphs(WordTask):
         ask = np.stack([mark, *named, answer], 2).reshape(n, -1)
         tokens = np.concatenate([np.full((n, 1), START), lines, ask], 1)
         answers = np.zeros(tokens.shape, bool)
-        answers[:, lines.shape[1] + 4 :: 4] = True
+        answers[:, lines.shape[1] + 4 :: 4] = first_asked(np.minimum(a, b), np.maximum(a, b))
         return padded(tokens, answers, tokens.shape[1])
 
     def _steps(self, edges: np.ndarray, size: int) -> np.ndarray:

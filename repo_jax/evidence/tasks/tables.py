@@ -13,6 +13,7 @@ from repo_jax.evidence.tasks.base import (
     WordTask,
     check_positive,
     distinct,
+    first_asked,
     padded,
     test_rng,
     training_rng,
@@ -27,11 +28,12 @@ KINDS = ("lookup", "largest")
 class Tables(WordTask):
     """The columns' names in any order, then `<row> name value value ...` for each row.
 
-    `lookup`: `<lookup> row column value`. `largest`: `<largest> column row`, the row that has the
+    `lookup`: `<lookup> column row value`. `largest`: `<largest> column row`, the row that has the
     largest number in the column. All numbers of a table are different.
 
     In training a table is asked `questions` of one kind, since many answers are needed before a
-    model finds its way in a table; in the evaluation sets, one.
+    model finds its way in a table. One that repeats an earlier question does not count, or models
+    would learn to copy from there. In the evaluation sets there is one question.
 
     Attributes:
       rows, columns: at most in training, where a batch has from 2 up of each.
@@ -130,7 +132,7 @@ class Tables(WordTask):
             }
             for ask in asked:
                 if tokens[ask] == _LOOKUP:
-                    row, column = tokens[ask + 1 : ask + 3]
+                    column, row = tokens[ask + 1 : ask + 3]
                     tokens[ask + 3] = rows[row][columns.index(column)]
                 else:
                     at = columns.index(tokens[ask + 1])
@@ -162,7 +164,7 @@ class Tables(WordTask):
         each, column = np.arange(n)[:, None], rng.integers(columns, size=(n, questions))
         if kind == "lookup":
             row = rng.integers(rows, size=(n, questions))
-            asked = [row_names[each, row], column_names[each, column]]
+            asked = [column_names[each, column], row_names[each, row]]
             answer, choices = table[each, row, column], numbers
         else:
             asked = [column_names[each, column]]
@@ -174,5 +176,5 @@ class Tables(WordTask):
         )
         answers = np.zeros(tokens.shape, bool)
         first = 1 + columns + lines.shape[1]
-        answers[:, first + ask.shape[2] - 1 :: ask.shape[2]] = True
+        answers[:, first + ask.shape[2] - 1 :: ask.shape[2]] = first_asked(*asked)
         return padded(tokens, answers, length), choices
