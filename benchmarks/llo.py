@@ -57,10 +57,6 @@ class Kernel:
         """All of them, each counted once."""
         return sum(s.bundles for s in self.segments)
 
-    def at_depth(self, depth: int) -> int:
-        """Bundles at exactly this depth, each counted once."""
-        return sum(s.bundles for s in self.segments if s.depth == depth)
-
     def loops(self, depth: int) -> list[int]:
         """Bundles of one turn of each loop at this depth, in order, what is deeper left out."""
         turns = []

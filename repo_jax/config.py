@@ -29,7 +29,8 @@ def _require(condition: bool, message: str) -> None:
 def _positive(config: Any, section: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value is None or value > 0, f"{section}.{name} is {value}; it must be positive")
+        option = f"{section}.{name}" if section else f"--{name}"
+        _require(value is None or value > 0, f"{option} is {value}; it must be positive")
 
 
 def _fraction(config: Any, section: str, *names: str) -> None:
@@ -421,6 +422,11 @@ class OptimizerConfig:
     def __post_init__(self):
         _positive(self, "optimizer", "learning_rate", "eps", "clip_norm")
         _fraction(self, "optimizer", "b1", "b2")
+        _require(
+            self.mu_dtype is None or self.name == "adamw",
+            f"optimizer.mu_dtype is {self.mu_dtype}; only adamw has a first moment, and "
+            f"optimizer.name is {self.name}",
+        )
         for name in ("warmup_steps", "weight_decay"):
             value = getattr(self, name)
             _require(value >= 0, f"optimizer.{name} is {value}; it must not be negative")
@@ -639,8 +645,8 @@ class EvalConfig:
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         tasks = self.tasks.split(",") if isinstance(self.tasks, str) else self.tasks
         object.__setattr__(self, "tasks", tuple(filter(None, (task.strip() for task in tasks))))
-        for name in ("tasks_dir", "data_dir", "limit", "num_fewshot"):
-            given = getattr(self, name) is not None
+        for name in ("tasks_dir", "data_dir", "limit", "num_fewshot", "published_scoring"):
+            given = getattr(self, name) not in (None, False)
             _require(self.tasks or not given, f"--{name} needs --tasks")
         for name in ("text", "tokens"):
             given = bool(getattr(self, name))
@@ -650,7 +656,7 @@ class EvalConfig:
             (self.run is None) != (self.model is None),
             "give one of --run (a run directory) and --model (a folder or hub id)",
         )
-        _positive(self, "eval", "batch_tokens", "max_tokens", "limit", "stride")
+        _positive(self, "", "batch_tokens", "max_tokens", "limit", "stride")
         _require(self.by_position or self.stride is None, "--stride needs --by_position true")
         _require(
             not (self.by_position and self.tasks), "--by_position and --tasks exclude each other"
@@ -662,12 +668,12 @@ class EvalConfig:
             )
         _require(
             self.num_fewshot is None or self.num_fewshot >= 0,
-            f"eval.num_fewshot is {self.num_fewshot}; it must be 0 or more",
+            f"--num_fewshot is {self.num_fewshot}; it must be 0 or more",
         )
         for length in self.context_lengths:
             _require(
                 1 < length <= self.batch_tokens,
-                f"context_lengths has {length}; each must be 2 to batch_tokens "
+                f"--context_lengths has {length}; each must be 2 to --batch_tokens "
                 f"({self.batch_tokens})",
             )
         if self.run is not None:

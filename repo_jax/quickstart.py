@@ -18,9 +18,9 @@ _PROMPT = "def read_lines(path):\n"
 _NEXT = """\
 What next?
   the same command again goes on where it stopped, or does nothing once it is finished
-  {python} eval.py --run {run} --context_lengths '[64, 1024]'
-  {python} -m repo_jax.generate --run {run} --prompt 'class Queue:' --temperature 0.8
-  {python} train.py --config quickstart --model.positions.preset rope --run_dir runs/rope
+  {scripts}repo-eval --run {run} --context_lengths '[64, 1024]'
+  {scripts}repo-generate --run {run} --prompt 'class Queue:' --temperature 0.8
+  {scripts}repo-train --config quickstart --model.positions.preset rope --run_dir runs/rope
 """
 
 
@@ -49,12 +49,12 @@ def plot_losses(run_dir: Path) -> Path:
     return path
 
 
-def _python() -> str:
-    """How to call this Python from here: `.venv/bin/python` where `make` made it."""
+def _scripts() -> str:
+    """What comes before our commands here: `.venv/bin/` where `make` made it, or nothing."""
     try:
-        return str(Path(sys.executable).relative_to(Path.cwd()))
+        return f"{Path(sys.executable).parent.relative_to(Path.cwd())}/"
     except ValueError:
-        return Path(sys.executable).name
+        return ""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print(f"\nA sample:\n{_PROMPT}{tokenizer.decode(ids)}\n")
     print(f"Loss curve: {plot_losses(run_dir)}\n")
-    print(_NEXT.format(python=_python(), run=run_dir), end="")
+    print(_NEXT.format(scripts=_scripts(), run=run_dir), end="")
 
 
 if __name__ == "__main__":

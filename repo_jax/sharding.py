@@ -26,7 +26,7 @@ from repo_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor", "context")
 
-# What has no rule (`norm`, `position`, `layers`) is not split.
+# The last three are not split.
 RULES = (
     ("batch", ("data", "fsdp")),
     ("length", "context"),

@@ -67,7 +67,7 @@ def _report(corpus: Corpus) -> None:
         )
     print(f"vocabulary: {manifest.vocab_size} entries; documents end with {manifest.eos_id}")
     print(
-        "train on it with: python train.py --config CONFIG "
+        "train on it with: repo-train --config CONFIG "
         f"--data.tokens {corpus.folder} --model.vocab_size {manifest.vocab_size}"
     )
 

@@ -87,6 +87,10 @@ OPTIONS = [
     (["--training.steps", "1.5"], "training.steps is 1.5; it must be int"),
     (["--training.steps", "0"], "training.steps is 0; it must be positive"),
     (["--optimizer.learning_rate", "fast"], "optimizer.learning_rate is fast; it must be float"),
+    (
+        ["--optimizer.name", "adafactor", "--optimizer.mu_dtype", "bfloat16"],
+        "optimizer.mu_dtype is bfloat16; only adamw has a first moment, and optimizer.name is",
+    ),
     (["--optimizer.clip_norm", "no"], "optimizer.clip_norm is no; it must be float or null"),
     (
         ["--model.positions.preset", "rpoe"],

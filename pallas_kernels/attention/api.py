@@ -48,7 +48,7 @@ _MOST_PIECES = 1024
 def automatic() -> tuple[str, ...]:
     """The implementations tried in this order when none is named, for `dispatch.target()`.
 
-    A kernel of ours for GPUs enters when it was seen correct on one (docs/kernels.md).
+    A kernel of ours for GPUs enters when it was seen correct on one (docs/6-kernels.md).
     """
     if dispatch.on_known_tpu():
         return ("pallas_tpu", "xla")

@@ -112,16 +112,6 @@ class TrainingBatches:
             batch["source"] = self._source_of[self._windows.files(indices)]
         return batch
 
-    @property
-    def windows_per_epoch(self) -> int:
-        """Windows in all arrays."""
-        return len(self._windows)
-
-    @property
-    def tokens_per_epoch(self) -> int:
-        """Tokens in these windows."""
-        return len(self._windows) * self._windows.sequence_length
-
     def at(self, step: int) -> Batch:
         """The batch of `step`, from 0.
 

@@ -55,6 +55,7 @@ class Experiment:
       loss_over: what the loss of a batch is a mean over: all its `answers`, or its `examples`, of
         each of which it is the mean over its answers.
       headline: evaluation sets, or means over kinds, that short tables show; empty: all.
+      methods: those of the suite that it is about; empty: all.
     """
 
     reversal: Reversal | None = None
@@ -71,23 +72,38 @@ class Experiment:
     z_loss: float = 1e-4
     loss_over: Literal["answers", "examples"] = "answers"
     headline: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "headline", tuple(self.headline))
-        given = [name for name in _TASKS if getattr(self, name) is not None]
+        for name in ("headline", "methods"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def check(self, name: str) -> None:
+        """Looks for mistakes.
+
+        Args:
+          name: of the experiment, for what is said.
+
+        Raises:
+          ConfigError: there is one.
+        """
+        given = [task for task in _TASKS if getattr(self, task) is not None]
         if len(given) != 1:
             raise ConfigError(
-                f"an experiment has {' and '.join(given) or 'no task'}; it must have one of "
+                f"experiments.{name} has {' and '.join(given) or 'no task'}; it must have one of "
                 f"{', '.join(_TASKS)}"
             )
-        for name in ("steps", "batch_size", "position_rate"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
+        for option in ("steps", "batch_size", "position_rate"):
+            value = getattr(self, option)
+            if value <= 0:
+                raise ConfigError(f"experiments.{name}.{option} is {value}; it must be positive")
         if self.optimizer.warmup_steps >= self.steps:
             raise ConfigError(
-                f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; there are only "
-                f"{self.steps} steps"
+                f"experiments.{name}.optimizer.warmup_steps is {self.optimizer.warmup_steps}; "
+                f"there are only {self.steps} steps"
             )
+        for method in self.methods:
+            methods.method(method, self.model.n_layers)
 
     @property
     def task(self) -> Task:
@@ -131,6 +147,7 @@ class Suite:
                 raise ConfigError(
                     f"an experiment is named {name!r}; names have letters, digits and _.- only"
                 )
+            experiment.check(name)
             found: dict[Method, str] = {}
             for method in self.methods:
                 same = found.setdefault(_resolved(method, experiment.model.n_layers), method)
@@ -147,6 +164,7 @@ class Suite:
             for seed in self.seeds
             for name, experiment in self.experiments.items()
             for method in self.methods
+            if method in (experiment.methods or self.methods)
         ]
 
 
@@ -211,7 +229,8 @@ class Cell:
 def definition(experiment: Experiment, dtype: Dtype) -> dict[str, Any]:
     """All that decides the numbers of an experiment, flat: names with dots to plain values."""
     plain = to_dict(experiment) | {"dtype": dtype}
-    del plain["headline"]  # decides what tables show
+    for name in ("headline", "methods"):  # decide what is shown, and what is run
+        del plain[name]
     flat: dict[str, Any] = {}
     for section, value in plain.items():
         if isinstance(value, dict):
@@ -291,6 +310,9 @@ def _change(sections: dict[str, Any], change: str) -> None:
         raise ConfigError(f"--set has {change!r}, whose value is not YAML") from None
     # YAML 1.1 takes 2e-3 for a word.
     value = _number(value) if isinstance(value, str) else value
+    known = sections["experiments"]
+    if parents[:1] == ["experiments"] and parents[1:2] and parents[1] not in ("*", *known):
+        raise ConfigError(f"--set has {change!r}; the experiments are {', '.join(known)}")
     for section in _sections(sections, parents):
         if not isinstance(section, dict):
             raise ConfigError(f"--set has {change!r}; the suite has no {'.'.join(parents)}")

@@ -233,6 +233,8 @@ class Generator:
         Raises:
           ValueError: an argument out of range, naming it.
         """
+        if not 1 <= every <= _WINDOW:
+            raise ValueError(f"every is {every}; it must be 1 to {_WINDOW}")
         config = self.config
         _check(prompts, config.vocab_size, max_new_tokens, stop_strings, tokenizer)
         if not prompts:
@@ -260,7 +262,7 @@ class Generator:
                 ended = [row.finish is not None for row in rows]
                 ended += [True] * (len(lengths) - len(rows))
                 state = state.replace(done=np.array(ended))
-                steps = min(every, _WINDOW, max_new_tokens - drawn)
+                steps = min(every, max_new_tokens - drawn)
                 state, *new = _decode(
                     *(config, self._params, state, np.int32(steps)), **given, window=_WINDOW
                 )

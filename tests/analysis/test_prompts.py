@@ -129,7 +129,8 @@ def test_cells_of_a_table_have_their_tokens(name, rows, columns, seed):
     for cell in range(rows * columns):
         found = characters(name, table.text, table.cells == cell).strip(" \n")
         value = lines[cell // columns][cell % columns]
-        assert found == value or name == "across-words"
+        # Tokens that reach into another cell are of neither.
+        assert found == value or (name == "across-words" and found in value)
     before = characters(name, table.text, table.cells == -1)
     assert before.startswith(" | ".join(header))
     assert table.text == table_prompt(tokenizer(name), rows, columns, seed).text

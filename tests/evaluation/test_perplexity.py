@@ -132,6 +132,10 @@ def test_token_files_have_no_bits_per_byte(run, capsys):
             ["--model", "{model}"],
             r"error: --model needs --text or --tokens: what to evaluate it on",
         ),
+        (
+            ["--run", "{run}", "--published_scoring", "true"],
+            r"error: --published_scoring needs --tasks",
+        ),
         (["--run", "{run}", "--step", "7"], r"error: step '7': .* has the checkpoints 0; latest.*"),
         (
             ["--run", "{run}", "--step", "best"],
@@ -143,7 +147,7 @@ def test_token_files_have_no_bits_per_byte(run, capsys):
         ),
         (
             ["--run", "{run}", "--context_lengths", "[20000]"],
-            r"error: context_lengths has 20000; each must be 2 to batch_tokens \(16384\)",
+            r"error: --context_lengths has 20000; each must be 2 to --batch_tokens \(16384\)",
         ),
         (
             ["--model", "{model}", "--text", "{corpus}", "--tokenizer", "{corpus}"],

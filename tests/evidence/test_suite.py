@@ -72,7 +72,7 @@ def test_packaged_suites_compare_with_rope_and_have_several_seeds(name):
     assert len(suite.seeds) >= (2 if name == "tiny" else 3)
     for experiment in suite.experiments.values():
         names = {cell.method for cell in suite.cells() if cell.definition is experiment}
-        assert names == set(suite.methods)
+        assert names == set(experiment.methods or suite.methods)
 
 
 def test_changes_are_made_where_they_say():
@@ -140,8 +140,13 @@ def test_the_hash_tells_whatever_changes_the_numbers():
         ),
         (dict(changes=["seds=3"]), "there is no option seds; did you mean seeds?\n"),
         (dict(changes=["experiments.*.steps=abc"]), "steps is abc; it must be int"),
-        (dict(changes=["experiments.*.steps=0"]), "steps is 0; it must be positive"),
+        (dict(changes=["experiments.*.steps=0"]), "experiments.reversal.steps is 0; it must be"),
         (dict(changes=["experiments.*.steps=50"]), "warmup_steps is 100; there are only 50 steps"),
+        (
+            dict(changes=["experiments.revresal.steps=9"]),
+            "--set has 'experiments.revresal.steps=9'; the experiments are reversal, recall",
+        ),
+        (dict(changes=["experiments.recall.methods=[rop]"]), "methods has 'rop'; each must be one"),
         (dict(changes=["experiments.recall.reversal.end=true"]), "it must have one of reversal"),
     ],
 )

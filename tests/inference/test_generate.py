@@ -10,7 +10,7 @@ import pytest
 import repo_jax
 from repo_jax import cli
 from repo_jax.config import DecoderConfig
-from repo_jax.inference import command
+from repo_jax.inference import Generator, command
 from repo_jax.modeling import RePoLM
 from tests.golden_sets import ROOT, SETS, reference
 from tests.tiny_runs import make_run, parse, write_config
@@ -148,6 +148,12 @@ def test_no_prompts_no_continuations(made):
 def test_wrong_arguments_are_named(made, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         repo_jax.generate(*made, prompts, **options)
+
+
+@pytest.mark.parametrize("every", [0, -1, 65])
+def test_looks_that_never_come_are_refused(made, every):
+    with pytest.raises(ValueError, match=f"every is {every}; it must be 1 to 64"):
+        next(Generator(*made).stream([[1]], every))
 
 
 def test_the_function_stays_under_its_name():

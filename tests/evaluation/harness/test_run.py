@@ -229,13 +229,13 @@ def mistake(capsys, arguments):
             r"the data of the task nlgraph_flow cannot be had .*; put DATA_DIR/nlgraph/flow.json",
         ),
         (["--data_dir", "nowhere"], r"--data_dir nowhere: there is no such folder"),
-        (["--limit", "0"], r"eval.limit is 0; it must be positive"),
-        (["--num_fewshot", "-1"], r"eval.num_fewshot is -1; it must be 0 or more"),
+        (["--limit", "0"], r"--limit is 0; it must be positive"),
+        (["--num_fewshot", "-1"], r"--num_fewshot is -1; it must be 0 or more"),
         (["--text", "notes"], r"--tasks and --text exclude each other"),
         (["--tasks", ""], r"--tasks_dir needs --tasks"),
         (
             ["--tasks", "needle_single", "--batch_tokens", "0"],
-            r"eval.batch_tokens is 0; it must be positive",
+            r"--batch_tokens is 0; it must be positive",
         ),
     ],
 )
