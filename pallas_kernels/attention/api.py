@@ -165,6 +165,7 @@ def rotary_attention(
     Raises:
       ValueError: shapes or dtypes that do not fit, `kv_length` where tokens are split, or an
         unknown implementation.
+      NotImplementedError: the implementation that was named cannot do this, or none can.
     """
     arrays = dict(
         q_index=q_index,

@@ -49,6 +49,7 @@ def checkpoint_folder(run_dir: Path, checkpoint_dir: str | None = None) -> epath
     """Where the checkpoints of a run are: `checkpoint_dir`, a folder or gs:// or s3://, if given.
 
     Raises:
+      ConfigError: it is in a kind of store that checkpoints cannot be in.
       MissingPackageError: an object store needs a package that is not installed.
     """
     if checkpoint_dir is None:
@@ -465,6 +466,8 @@ def load_run(
 
     Raises:
       ConfigError: no run, or no such checkpoint, or it is damaged.
+      MissingPackageError: its checkpoints are in an object store, which needs a package.
+      TrainingError: that store does not answer.
     """
     return load_run_step(run_dir, step, rope_scaling)[:2]
 
