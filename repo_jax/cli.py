@@ -1,13 +1,15 @@
 """The command line: dataclasses and YAML to options, and mistakes to one sentence."""
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.resources
 import itertools
 import logging
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -142,6 +144,70 @@ def read_text(option: str, path: str) -> str:
     if not text:
         raise ConfigError(f"{option} {path} is empty; it must have at least one character")
     return text
+
+
+def check_new(option: str, path: Path, *, overwrite: bool, kind: str = "file") -> None:
+    """Refuses to replace what is there, unless that is asked for.
+
+    Args:
+      option: that names the output.
+      path: what will be written.
+      overwrite: it may be replaced.
+      kind: what the option names, a file or a folder of several.
+
+    Raises:
+      ConfigError: `path` exists.
+    """
+    if not overwrite and os.path.lexists(path):
+        raise ConfigError(f"{option}: {path} exists; name a new {kind}, or give --overwrite true")
+
+
+def check_file(option: str, path: Path, *, overwrite: bool) -> None:
+    """Refuses a file that could not be written after long work; makes nothing.
+
+    Args:
+      option: that names the output.
+      path: the file; its folder need not be there.
+      overwrite: it may be replaced.
+
+    Raises:
+      ConfigError: it exists, is a folder, or cannot be made.
+    """
+    if os.path.isdir(path):
+        raise ConfigError(f"{option} {path} is a folder; name a file")
+    check_new(option, path, overwrite=overwrite)
+    check_folder(option, path.parent)
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Refuses a folder that cannot be made, or not be written to; makes nothing.
+
+    Raises:
+      ConfigError: so it is.
+    """
+    folder = folder.absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not os.path.isdir(there):
+        raise ConfigError(f"{option}: {there} is no folder; name a place where files can be made")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{option}: {there} may not be written to; name a place where files can be made"
+        )
+
+
+@contextlib.contextmanager
+def writing(option: str) -> Iterator[None]:
+    """Makes of what goes wrong with the files of an option a mistake of the user's.
+
+    Raises:
+      ConfigError: in place of an OSError inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {error.filename} cannot be written: {error.strerror}"
+        ) from None
 
 
 def packaged_configs() -> Path:

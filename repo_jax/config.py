@@ -601,6 +601,7 @@ class EvalConfig:
       max_tokens: of the text that are read; None: all.
       output: a JSON file; None: in the run directory, or printed only. With `tasks`, a folder
         to make `evaluation/` in; None: the run directory.
+      overwrite: files that are there are replaced. Not for `tasks`, which go on where they were.
       dtype: of activations.
       rope_scaling: YaRN, for contexts longer than the model was trained on. None: what the model
         has. A suite that says which factor it takes overrules it.
@@ -628,6 +629,7 @@ class EvalConfig:
     batch_tokens: int = 16_384
     max_tokens: int | None = 1_000_000
     output: str | None = None
+    overwrite: bool = False
     dtype: Dtype = "float32"
     rope_scaling: RopeScaling | None = None
     by_position: bool = False
@@ -651,6 +653,11 @@ class EvalConfig:
         for name in ("text", "tokens"):
             given = bool(getattr(self, name))
             _require(not (self.tasks and given), f"--tasks and --{name} exclude each other")
+        _require(
+            not (self.tasks and self.overwrite),
+            "--tasks and --overwrite exclude each other: results of tasks are added to, never "
+            "replaced; give another --output",
+        )
         object.__setattr__(self, "context_lengths", tuple(self.context_lengths))
         _require(
             (self.run is None) != (self.model is None),

@@ -240,17 +240,13 @@ def _out(config: PositionsConfig, names: Sequence[str]) -> Path:
         out = Path("analysis") / re.sub(r"[^\w+-]+", "_", "-".join(names))[:100]
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; name a folder")
-    if not config.overwrite:
-        _check_free(out)
+    _check_new(out, config.overwrite)
     return out
 
 
-def _check_free(out: Path) -> None:
+def _check_new(out: Path, overwrite: bool) -> None:
     for name in _NAMES:
-        if os.path.lexists(out / name):
-            raise ConfigError(
-                f"--out {out} has {name} already; name another folder, or give --overwrite true"
-            )
+        cli.check_new("--out", out / name, overwrite=overwrite, kind="folder")
 
 
 @contextlib.contextmanager
@@ -266,8 +262,7 @@ def _whole(out: Path, overwrite: bool) -> Iterator[Path]:
         new.mkdir()
         old.mkdir()
         yield new
-        if not overwrite:  # it may have come meanwhile
-            _check_free(out)
+        _check_new(out, overwrite)  # it may have come meanwhile
         for path in sorted(new.iterdir()):
             # Moved away first: a folder, or a link to one, cannot be replaced.
             if os.path.lexists(out / path.name):

@@ -1,9 +1,10 @@
 """The eval command: held-out loss at several context lengths."""
 
+import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +153,13 @@ def _compare(arguments: Sequence[str]) -> None:
     config, options = cli.parse(
         compare.CompareConfig, "eval.py --compare", compare.__doc__, arguments, _add_compare
     )
+    outputs = () if config.output is None else (Path(config.output),)
+    _check(outputs, config.overwrite)
     result = compare.compare(*options.compare, resamples=config.resamples, seed=config.seed)
     print(compare.table(result))
-    if config.output is not None:
-        _write(Path(config.output), result)
+    if outputs:
+        with _writing(outputs, config.overwrite):
+            _write(outputs[0], result)
 
 
 def _add_compare(parser) -> None:
@@ -176,24 +180,52 @@ def _evaluate_tasks(config: EvalConfig) -> None:
 
 
 def _by_position(config: EvalConfig) -> None:
-    output = config.output
-    if output is None and config.run is not None:
-        output = Path(config.run) / "evaluation" / "by_position.json"
-    if output is not None:
+    outputs = _outputs(config, "by_position", ".csv", ".png", ".svg")
+    if outputs:
         plots.import_pyplot(by_position.PLOT)  # before the long work
     bins, step = evaluate_by_position(config)
     print(by_position.table(bins))
-    if output is None:
+    if not outputs:
         return
-    output, source = Path(output), config.run or config.model
+    source = config.run or config.model
     report = {"source": source, "step": step, "stride": config.stride}
-    _write(output, report | {"results": [dataclasses.asdict(b) for b in bins]})
-    by_position.write_csv(output.with_suffix(".csv"), bins)
-    by_position.plot(output.with_suffix(""), bins, Path(source).name)
+    with _writing(outputs, config.overwrite):
+        _write(outputs[0], report | {"results": [dataclasses.asdict(b) for b in bins]})
+        by_position.write_csv(outputs[1], bins)
+        by_position.plot(outputs[0].with_suffix(""), bins, Path(source).name)
+
+
+def _outputs(config: EvalConfig, name: str, *beside: str) -> tuple[Path, ...]:
+    """The JSON file to write, and those beside it by their suffixes; checked before long work."""
+    if config.output is not None:
+        output = Path(config.output)
+    elif config.run is not None:
+        output = Path(config.run) / "evaluation" / f"{name}.json"
+    else:
+        return ()
+    if output.suffix in beside:
+        raise ConfigError(
+            f"--output is {output}, which --{name} writes beside the JSON file; name a .json file"
+        )
+    outputs = (output, *(output.with_suffix(suffix) for suffix in beside))
+    _check(outputs, config.overwrite)
+    return outputs
+
+
+def _check(outputs: Sequence[Path], overwrite: bool) -> None:
+    for path in outputs:
+        cli.check_file("--output", path, overwrite=overwrite)
+
+
+@contextlib.contextmanager
+def _writing(outputs: Sequence[Path], overwrite: bool) -> Iterator[None]:
+    _check(outputs, overwrite)  # they may have come meanwhile
+    with cli.writing("--output"):
+        outputs[0].parent.mkdir(parents=True, exist_ok=True)
+        yield
 
 
 def _write(output: Path, report: dict[str, Any]) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written to {output}", file=sys.stderr)
 
@@ -209,13 +241,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return _evaluate_tasks(config)
     if config.by_position:
         return _by_position(config)
-    output = config.output
-    if output is None and config.run is not None:
-        output = Path(config.run) / "evaluation" / "perplexity.json"
+    outputs = _outputs(config, "perplexity")
     report = evaluate(config)
     print(table(report))
-    if output is not None:
-        _write(Path(output), report)
+    if outputs:
+        with _writing(outputs, config.overwrite):
+            _write(outputs[0], report)
 
 
 def run() -> None:

@@ -30,14 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "--topology", type=str, required=True, help="v5e:4x4, v5p:2x2x4, v6e:8x8 or h200:8."
         )
         parser.add_argument("--json", type=str, help="Also write the numbers to this new file.")
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="A --json file that is there is replaced."
+        )
 
     what = "Compiles a run for hardware that need not be there, and says what it would cost."
     config, options = cli.parse(PlanConfig, "plan", what, arguments, add)
     if config.mesh.slices > 1:
         raise ConfigError(f"mesh.slices is {config.mesh.slices}; only one slice can be planned")
     path = Path(options.json) if options.json else None
-    if path and path.exists():
-        raise ConfigError(f"--json {path} exists; name a new file")
+    if path:
+        cli.check_file("--json", path, overwrite=options.overwrite)
     targets.prepare()
     topology = targets.topology(options.topology)
 
@@ -46,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = plan.plan(config, topology)
     print(report.text(found))
     if path:
-        path.write_text(json.dumps(report.plain(found), indent=1) + "\n", encoding="utf-8")
+        with cli.writing("--json"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(report.plain(found), indent=1) + "\n", encoding="utf-8")
     if not found.memory.fits:
         print(f"\n{report.advice(found)}")
         raise SystemExit(1)

@@ -154,7 +154,7 @@ def test_an_analysis_is_replaced_when_asked_and_nothing_else(folder, pages, tmp_
     again(TEXT)
     first = files(out)
     (out / "notes.md").write_text("mine")
-    with pytest.raises(command.ConfigError, match=r"has report.json already; name another folder"):
+    with pytest.raises(command.ConfigError, match=r"report.json exists; name a new folder"):
         again("no chunk")
     assert files(out) == first | {"notes.md": b"mine"}
     theirs.mkdir()
@@ -175,7 +175,7 @@ def test_a_file_made_meanwhile_is_kept(folder, undrawn, monkeypatch, tmp_path):
     monkeypatch.setattr(
         build, "write_page", lambda path, readings: (out / "report.json").write_text("somebody's")
     )
-    with pytest.raises(command.ConfigError, match=r"has report.json already"):
+    with pytest.raises(command.ConfigError, match=r"report.json exists"):
         run(folder, "--run", "{folder}/run", "--text", TEXT, "--out", str(out))
     assert files(tmp_path) == {"out/report.json": b"somebody's"}
 

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import os
 import re
+import shutil
 
 import flax.linen as nn
 import jax
@@ -158,12 +160,124 @@ def test_token_files_have_no_bits_per_byte(run, capsys):
 def test_mistakes(run, capsys, options, message):
     folder, _, _ = run
     places = {name: str(folder / name) for name in ("run", "model", "corpus")}
-    options = [option.format(**places) for option in options]
+    # Other tests leave results in the run directory.
+    line = refusal(capsys, [*(option.format(**places) for option in options), "--overwrite"])
+    assert re.fullmatch(message, line), line
+
+
+@pytest.mark.parametrize(
+    ("options", "files"),
+    [
+        (["--text", "{corpus}", "--context_lengths", "[32]"], ["out.json"]),
+        (
+            ["--text", "{corpus}", "--context_lengths", "[32]", "--by_position"],
+            ["out.json", "out.csv", "out.png", "out.svg"],
+        ),
+    ],
+)
+def test_files_are_replaced_when_asked_and_otherwise_kept(
+    run, tmp_path, capsys, monkeypatch, options, files
+):
+    folder, _, _ = run
+    output = tmp_path / "out.json"
+    given = ["--model", str(folder / "model"), "--output", str(output), "--max_tokens", "640"]
+    given += [option.format(corpus=folder / "corpus") for option in options]
+    for name in files:
+        (tmp_path / name).write_text("mine")
+        with monkeypatch.context() as patched:
+            patched.setattr(command, "_open", lambda config: pytest.fail("loaded"))
+            line = refusal(capsys, given)
+        path = tmp_path / name
+        assert line == f"error: --output: {path} exists; name a new file, or give --overwrite true"
+        assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "mine")]
+        path.unlink()
+    output.write_text("mine")
+    command.main([*given, "--overwrite"])
+    assert json.loads(output.read_text())["results"]
+    assert {path.name for path in tmp_path.iterdir()} == set(files)
+
+
+def test_results_in_a_run_directory_are_kept(run, tmp_path, capsys):
+    folder, _, _ = run
+    shutil.copytree(folder / "run", tmp_path / "run")
+    kept = tmp_path / "run" / "evaluation" / "perplexity.json"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("mine")
+    line = refusal(capsys, ["--run", str(tmp_path / "run")])
+    assert line.startswith(f"error: --output: {kept} exists; name a new file, or")
+    assert kept.read_text() == "mine"
+
+
+def test_a_file_made_meanwhile_is_kept(run, tmp_path, capsys, monkeypatch):
+    folder, _, _ = run
+    output = tmp_path / "out.json"
+    monkeypatch.setattr(
+        command, "evaluate", lambda config: output.write_text("mine") and {"results": []}
+    )
+    line = refusal(capsys, ["--run", str(folder / "run"), "--output", str(output)])
+    assert line.startswith(f"error: --output: {output} exists")
+    assert output.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output", "{place}"], "--output {place} is a folder; name a file"),
+        (
+            ["--output", "{place}/file/out.json"],
+            "--output: {place}/file is no folder; name a place where files can be made",
+        ),
+        (
+            ["--output", "{place}/out.csv", "--by_position"],
+            "--output is {place}/out.csv, which --by_position writes beside the JSON file; name a "
+            ".json file",
+        ),
+        (
+            ["--output", "{place}/closed/new/out.json"],
+            "--output: {place}/closed may not be written to; name a place where files can be made",
+        ),
+    ],
+)
+def test_places_that_cannot_be_written_are_told_before_the_model_is_read(
+    run, tmp_path, capsys, monkeypatch, options, message
+):
+    folder, _, _ = run
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "closed").mkdir()
+    access = os.access  # root may write everywhere
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: "closed" not in str(path) and access(path, mode)
+    )
+    monkeypatch.setattr(command, "_open", lambda config: pytest.fail("loaded"))
+    options = [option.format(place=tmp_path) for option in options]
+    line = refusal(capsys, ["--run", str(folder / "run"), *options])
+    assert line == f"error: {message.format(place=tmp_path)}"
+
+
+def test_what_cannot_be_written_in_the_end_is_one_sentence_after_the_table(
+    run, tmp_path, capsys, monkeypatch
+):
+    folder, _, _ = run
+    row = dict(context_length=32, loss=1.0, perplexity=2.7, bits_per_byte=1.4, targets=9)
+    monkeypatch.setattr(command, "evaluate", lambda config: {"results": [row]})
+    output = tmp_path / ("long" * 100)
+    given = ["--run", str(folder / "run"), "--output", str(output)]
     with pytest.raises(SystemExit) as ended:
-        cli.run(lambda: command.main(options))
+        cli.run(lambda: command.main(given))
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert "1.4000" in printed.out
+    assert printed.err == f"error: --output {output} cannot be written: File name too long\n"
+
+
+def refusal(capsys, arguments):
+    """The one line that a mistake ends in."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda: command.main(arguments))
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(message, line), line
+    return line
 
 
 def test_yarn_changes_the_model_that_is_scored(tmp_path):

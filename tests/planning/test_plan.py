@@ -115,8 +115,11 @@ def test_no_file_is_overwritten(tmp_path):
     file.write_text("mine")
     run = run_plan("--topology", "v5e:2x2", *SMALL, "--json", str(file))
     assert run.returncode == 2
-    assert "exists; name a new file" in run.stderr
+    assert f"--json: {file} exists; name a new file, or give --overwrite true" in run.stderr
     assert file.read_text() == "mine"
+    run = run_plan("--topology", "v5e:2x2", *SMALL, "--json", str(file / "inside"))
+    assert run.returncode == 2
+    assert f"--json: {file} is no folder" in run.stderr
 
 
 def refused(parameters: float, *, mesh=None, remat="attention", accumulation=1, **memory) -> Plan:

@@ -18,18 +18,18 @@ class RequestCache:
       path: the file; made if it is not there.
 
     Raises:
-      ConfigError: the file is something else.
+      ConfigError: the file is something else, or cannot be made.
     """
 
     def __init__(self, path: str | Path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(path, isolation_level=None)
         try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, isolation_level=None)
             # A commit then costs no wait for the disk, and outlives the process.
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer)")
-        except sqlite3.DatabaseError as error:
+        except (OSError, sqlite3.DatabaseError) as error:
             raise ConfigError(f"{path} is no cache of requests: {error}") from None
 
     def get(self, *key: Any) -> Any:

@@ -16,11 +16,13 @@ class CompareConfig:
 
     Attributes:
       output: a JSON file for the result; None: it is printed only.
+      overwrite: a file that is there is replaced.
       resamples: of the bootstrap.
       seed: of the bootstrap.
     """
 
     output: str | None = None
+    overwrite: bool = False
     resamples: int = 10_000
     seed: int = 0
 

@@ -17,6 +17,7 @@ from typing import Any
 from lm_eval.evaluator import evaluate as run_tasks
 from lm_eval.tasks import TaskManager
 
+from repo_jax import cli
 from repo_jax.config import EvalConfig, to_dict
 from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError, MissingPackageError
@@ -54,11 +55,12 @@ def evaluate_tasks(config: EvalConfig) -> dict[str, Any]:
       ConfigError: a task is unknown or lacks its data, or the folder has other results.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    out = _output(config)
     groups = _groups(config)
     folder = tokenizer_folder(config.run, config.model, config.revision)
     tokenizer = Tokenizer.load(config.tokenizer or folder)
     entries = _entries(config, groups, config.tokenizer or folder)
-    out = _output(config)
+    found = _found(out, entries)
     loaded = load(
         *(config.run, config.model),
         step=config.step,
@@ -66,13 +68,14 @@ def evaluate_tasks(config: EvalConfig) -> dict[str, Any]:
         dtype=config.dtype,
         rope_scaling=config.rope_scaling,
     )
-    out.mkdir(parents=True, exist_ok=True)
+    with cli.writing("--output"):
+        out.mkdir(parents=True, exist_ok=True)
     lm = RepoJaxLM(
         *(loaded.model, loaded.params, tokenizer),
         batch_tokens=config.batch_tokens,
         cache=RequestCache(out / "requests.sqlite"),
     )
-    report = _started(out, config, loaded.step, lm.identity, entries)
+    report = _started(out, config, loaded.step, lm.identity, found)
     for group, members in itertools.groupby(entries, lambda entry: entry.group):
         scaling = group.rope_scaling or loaded.model.config.rope_scaling
         scaled = lm.scaled(scaling, group.max_length)
@@ -90,11 +93,11 @@ def _groups(config: EvalConfig) -> tuple[Group, ...]:
 
 
 def _output(config: EvalConfig) -> Path:
-    if config.output is not None:
-        return Path(config.output) / "evaluation"
-    if config.run is None:
+    if config.output is None and config.run is None:
         raise ConfigError("--model with --tasks needs --output, the folder for the results")
-    return Path(config.run) / "evaluation"
+    out = Path(config.run if config.output is None else config.output) / "evaluation"
+    cli.check_folder("--output", out)
+    return out
 
 
 def _entries(config: EvalConfig, groups: Iterable[Group], tokenizer: Path | str) -> list[_Entry]:
@@ -199,7 +202,31 @@ def _entry(config: EvalConfig, group: Group, asked: SuiteTask, tasks: dict[str, 
     return _Entry(asked.name or asked.task, asked, group, tasks, settings)
 
 
-def _started(out: Path, config: EvalConfig, step: int | None, identity: str, entries) -> dict:
+def _found(out: Path, entries: Iterable[_Entry]) -> dict[str, Any] | None:
+    """What tasks.json in the folder has, of evaluations that this one goes on with."""
+    path = out / "tasks.json"
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or not found.keys() >= {"model", "tasks", "groups"}:
+        raise ConfigError(f"{path} is no report of tasks; give another --output")
+    for entry in entries:
+        before = found["tasks"].get(entry.name)
+        for name, value in entry.settings.items() if before else ():
+            if before[name] != value:
+                raise ConfigError(
+                    f"{path} has {entry.name} with {name} {before[name]}, not {value}; "
+                    "give another --output"
+                )
+    return found
+
+
+def _started(
+    out: Path, config: EvalConfig, step: int | None, identity: str, found: dict | None
+) -> dict[str, Any]:
     """The report so far: what the folder has of this model."""
     report = {
         "source": config.run or config.model,
@@ -209,23 +236,13 @@ def _started(out: Path, config: EvalConfig, step: int | None, identity: str, ent
         "tasks": {},
         "groups": {},
     }
-    path = out / "tasks.json"
-    if not path.exists():
+    if found is None:
         return report
-    found = json.loads(path.read_text())
     if found["model"] != identity:
         raise ConfigError(
-            f"{path} has results of another model ({found['source']}, step {found['step']}, "
-            f"{found['dtype']}); give another --output"
+            f"{out / 'tasks.json'} has results of another model ({found['source']}, step "
+            f"{found['step']}, {found['dtype']}); give another --output"
         )
-    for entry in entries:
-        before = found["tasks"].get(entry.name)
-        for name, value in entry.settings.items() if before else ():
-            if before[name] != value:
-                raise ConfigError(
-                    f"{path} has {entry.name} with {name} {before[name]}, not {value}; "
-                    "give another --output"
-                )
     return report | {"tasks": found["tasks"], "groups": found["groups"]}
 
 

@@ -206,6 +206,37 @@ def test_other_results_are_not_overwritten(run, tmp_path, capsys):
         assert report(tmp_path) == before
 
 
+def test_a_folder_that_cannot_be_used_is_told_before_the_model_is_read(
+    run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(
+        "repo_jax.evaluation.harness.run.load", lambda *_, **__: pytest.fail("read")
+    )
+    (tmp_path / "file").write_text("mine")
+    error = mistake(capsys, options(run, "letters", tmp_path / "file"))
+    assert error == (
+        f"error: --output: {tmp_path}/file is no folder; name a place where files can be made"
+    )
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "tasks.json").write_text('{"tasks": "mine"}')
+    error = mistake(capsys, options(run, "letters", tmp_path))
+    path = tmp_path / "evaluation" / "tasks.json"
+    assert error == f"error: {path} is no report of tasks; give another --output"
+    assert path.read_text() == '{"tasks": "mine"}'
+    error = mistake(capsys, options(run, "letters", tmp_path, "--overwrite"))
+    assert "--tasks and --overwrite exclude each other" in error
+
+
+def test_a_comparison_replaces_no_file_unless_asked(run, tmp_path, capsys):
+    command.main(options(run, "letters", tmp_path))
+    given = ["--compare", str(tmp_path), str(tmp_path), "--output", str(tmp_path / "differences")]
+    (tmp_path / "differences").write_text("mine")
+    assert "differences exists; name a new file, or give" in mistake(capsys, given)
+    assert (tmp_path / "differences").read_text() == "mine"
+    command.main([*given, "--overwrite"])
+    assert "letters" in json.loads((tmp_path / "differences").read_text())["tasks"]
+
+
 def mistake(capsys, arguments):
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
