@@ -10,7 +10,7 @@ import logging
 import os
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -161,19 +161,61 @@ def _missing(error: BaseException) -> str:
 
 def _no_data(manager: TaskManager, name: str, data_dir: str | None, error: Exception) -> str:
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-    first = name.split("_")[0]
-    place, source = {
-        "nlgraph": (f"{name.removeprefix('nlgraph_')}.json", "github.com/Arthur-Heng/NLGraph"),
-        "hybridqa": ("dev.json and tables_tok/", "github.com/wenhuchen/HybridQA"),
-    }.get(first, ("", ""))
-    if place:
-        what = f"put DATA_DIR/{first}/{place}, from {source}, there and give --data_dir"
-    else:
+    place = data_dir or "DATA_DIR"
+    first, _, kind = name.partition("_")
+    files, source, hub = {
+        "nlgraph": (f"nlgraph/{kind}.json", "Arthur-Heng/NLGraph", "huayangli/nlgraph"),
+        "hybridqa": (
+            *("hybridqa/dev.json and hybridqa/tables_tok/", "wenhuchen/HybridQA"),
+            "huayangli/hybrid_qa",
+        ),
+    }.get(first, ("", "", ""))
+    wanted = _data_sets(manager, name)
+    if files:
         what = (
-            "run once with a network, or copy the cache of such a run (HF_HOME), or put the "
-            "data set's folder under its name in DATA_DIR and give --data_dir"
+            f"put {files} of github.com/{source} into {place} and give --data_dir, or run once "
+            f"with a network, which fetches {hub}"
         )
+    elif wanted:
+        folders = " and ".join(f"{place}/{path}" for path in wanted)
+        sets = " and ".join(
+            path + (f" (configuration {', '.join(names)})" if names else "")
+            for path, names in wanted.items()
+        )
+        what = (
+            f"fetch the data set {sets} from huggingface.co by running once with a network, or "
+            f"copy the cache of such a run (HF_HOME), or put a copy of its repository into "
+            f"{folders} and give --data_dir"
+        )
+    else:
+        what = "the files are named in data_files of the task's file"
     return f"the data of the task {name} cannot be had ({reason}); {what}"
+
+
+def _data_sets(manager: TaskManager, name: str) -> dict[str, list[str]]:
+    """The configurations of the hub's data sets that a task, group or tag reads."""
+    found: dict[str, list[str]] = {}
+    for config in _task_files(manager.task_index, name):
+        path = config.get("dataset_path")
+        if path and "data_files" not in (config.get("dataset_kwargs") or {}):
+            names, configuration = found.setdefault(path, []), config.get("dataset_name")
+            if configuration and configuration not in names:
+                names.append(configuration)
+    return found
+
+
+def _task_files(index: Mapping[str, Any], asked: str | dict) -> Iterator[dict[str, Any]]:
+    """What the files of a task say, or those of the tasks in a group or under a tag."""
+    if isinstance(asked, str):
+        entry = index.get(asked)
+        asked = {} if entry is None else entry.cfg or {"task": sorted(entry.tags)}
+    members = asked.get("task")
+    if isinstance(members, list):
+        for member in members:
+            yield from _task_files(index, member)
+    else:  # a group may name a task and change it
+        named = index.get(members)
+        yield ((named and named.cfg) or {}) | asked
 
 
 def _entry(config: EvalConfig, group: Group, asked: SuiteTask, tasks: dict[str, Any]) -> _Entry:

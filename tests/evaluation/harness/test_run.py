@@ -257,7 +257,8 @@ def mistake(capsys, arguments):
         (["--tasks", "letters,letters"], r"--tasks names letters twice"),
         (
             ["--tasks", "nlgraph_flow"],
-            r"the data of the task nlgraph_flow cannot be had .*; put DATA_DIR/nlgraph/flow.json",
+            r"the data of the task nlgraph_flow cannot be had .*; put nlgraph/flow.json of .* into "
+            r"/.*/data and give --data_dir, or",
         ),
         (["--data_dir", "nowhere"], r"--data_dir nowhere: there is no such folder"),
         (["--limit", "0"], r"--limit is 0; it must be positive"),
@@ -271,11 +272,60 @@ def mistake(capsys, arguments):
     ],
 )
 def test_mistakes(run, tmp_path, capsys, monkeypatch, changes, message):
+    no_network(monkeypatch)
+    assert re.search(message, mistake(capsys, options(run, "letters", tmp_path, *changes)))
+    assert not (tmp_path / "evaluation").exists()
+
+
+def no_network(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    assert re.search(message, mistake(capsys, options(run, "letters", tmp_path, *changes)))
-    assert not (tmp_path / "evaluation").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "what"),
+    [
+        (
+            "far_easy",
+            "fetch the data set nobody/far (configuration Easy) from huggingface.co by running "
+            "once with a network, or copy the cache of such a run (HF_HOME), or put a copy of its "
+            "repository into DATA_DIR/nobody/far and give --data_dir",
+        ),
+        (
+            "far",
+            "fetch the data set nobody/far (configuration Easy, Hard) and nobody/farther from "
+            "huggingface.co by running once with a network, or copy the cache of such a run "
+            "(HF_HOME), or put a copy of its repository into DATA_DIR/nobody/far and "
+            "DATA_DIR/nobody/farther and give --data_dir",
+        ),
+        ("near", "the files are named in data_files of the task's file"),
+        (
+            "hybridqa",
+            "put hybridqa/dev.json and hybridqa/tables_tok/ of github.com/wenhuchen/HybridQA into "
+            "DATA_DIR and give --data_dir, or run once with a network, which fetches "
+            "huayangli/hybrid_qa",
+        ),
+    ],
+)
+def test_missing_data_is_named_with_its_place(run, tmp_path, capsys, monkeypatch, task, what):
+    no_network(monkeypatch)
+    own = tmp_path / "own"
+    own.mkdir()
+    text = CHOICE.format(folder=tmp_path)
+    (own / "near.yaml").write_text(text.replace("task: letters", "task: near"))
+    for name, path in (("easy", "far"), ("hard", "far"), ("other", "farther")):
+        changed = text.replace("task: letters", f"task: far_{name}\ntag: far")
+        changed = changed.replace("dataset_path: json", f"dataset_path: nobody/{path}")
+        configuration = f"dataset_name: {name.title()}" if path == "far" else ""
+        changed = re.sub("dataset_kwargs: .*", configuration, changed)
+        (own / f"{name}.yaml").write_text(changed)
+    given = ["--run", str(run / "run"), "--tasks", task, "--tasks_dir", str(own)]
+    error = mistake(capsys, [*given, "--output", str(tmp_path / "out")])
+    before, reason, after = re.fullmatch(r"(error: .*? \()(.*)(\); .*)", error).groups()
+    assert before == f"error: the data of the task {task} cannot be had ("
+    assert reason
+    assert after == f"); {what}"
 
 
 def test_a_package_that_is_missing_is_named(run, tmp_path, capsys, monkeypatch):
