@@ -17,8 +17,6 @@ import re
 import secrets
 import shutil
 import socket
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -28,14 +26,13 @@ from repo_jax.data import text, token_files
 from repo_jax.data.corpus import VERSION, Corpus, Manifest, Split, open_corpus
 from repo_jax.data.tokenizers import Tokenizer, byte_tokenizer, train_bpe
 from repo_jax.errors import ConfigError
+from repo_jax.progress import progress
 
 # Characters of a longer document that are encoded on their own, and characters that are
 # encoded at a time: they bound memory and keep all cores busy. Pieces end after a line, so
 # that a long document's tokens hardly differ from those it would get in one go.
 _PIECE = 2**18
 _BATCH = 2**20
-
-_SECONDS_BETWEEN_LINES = 30.0
 
 
 def cached_corpus(config: DataConfig) -> Corpus:
@@ -125,15 +122,16 @@ def _build(
     fingerprint: str,
 ) -> None:
     """Raises FileExistsError if another process has filled `folder` in the meantime."""
+    n_bytes = sum(file.stat().st_size for file in files)
     with _partial(folder) as partial:
         if tokenizer is None:
-            with _progress("training the tokenizer", files) as read:
+            with progress("training the tokenizer", n_bytes, "B") as read:
                 documents = _documents(config, files, read)
                 training = (document.text for document in documents if not document.held_out)
                 tokenizer = train_bpe(training, int(config.tokenizer.removeprefix("bpe:")))
         tokenizer.save(partial)
         dtype = token_files.smallest_dtype(tokenizer.vocab_size)
-        with _progress("tokenising", files) as read:
+        with progress("tokenising", n_bytes, "B") as read:
             train, validation = _tokenise(
                 _documents(config, files, read), tokenizer, partial, dtype
             )
@@ -269,30 +267,3 @@ def _pieces(document: str) -> list[str]:
         pieces.append(document[start:end])
         start = end
     return [*pieces, document[start:]]
-
-
-@contextlib.contextmanager
-def _progress(task: str, files: list[Path]) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the bytes read: a bar on a terminal, else some lines."""
-    total = sum(file.stat().st_size for file in files)
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(total=total, desc=task, unit="B", unit_scale=True) as bar:
-            yield bar.update
-        return
-    done, start = 0, time.monotonic()
-    printed = start
-
-    def read(disk_bytes: int) -> None:
-        nonlocal done, printed
-        done, now = done + disk_bytes, time.monotonic()
-        if now - printed >= _SECONDS_BETWEEN_LINES:
-            printed = now
-            print(
-                f"{task}: {done / 1e6:.0f} of {total / 1e6:.0f} MB in {now - start:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    yield read

@@ -3,16 +3,15 @@
 import csv
 import dataclasses
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from repo_jax import plots
 from repo_jax.evaluation.perplexity import log_probabilities
 from repo_jax.modeling import RePoLM
+from repo_jax.progress import progress
 
 _RESAMPLES = 1000
 
@@ -163,13 +162,7 @@ def _losses(model, params, documents, context_length, stride, batch_tokens):
     by_width: dict[int, list] = {}
     for window in cut:
         by_width.setdefault(width_of(window[1], window[3]), []).append(window)
-    shown = tqdm(
-        total=len(cut),
-        desc=f"context {context_length}",
-        disable=not sys.stderr.isatty(),
-        leave=False,
-    )
-    with shown:
+    with progress(f"context {context_length}", len(cut), "windows") as update:
         for width, members in sorted(by_width.items(), reverse=True):
             rows = max(1, batch_tokens // width)
             for begin in range(0, len(members), rows):
@@ -184,7 +177,7 @@ def _losses(model, params, documents, context_length, stride, batch_tokens):
                 for row, (i, start, first, end) in enumerate(batch):
                     part = slice(first - start - 1, end - start - 1)
                     yield i, np.arange(first, end), found[row, part]
-                shown.update(len(batch))
+                update(len(batch))
 
 
 def _intervals(nll, counts, seed: int):

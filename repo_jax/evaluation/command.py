@@ -4,11 +4,9 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from repo_jax import cli, plots
 from repo_jax.config import DataConfig, EvalConfig
@@ -17,6 +15,7 @@ from repo_jax.errors import ConfigError, MissingPackageError
 from repo_jax.evaluation import by_position
 from repo_jax.evaluation.perplexity import Score, score
 from repo_jax.modeling import RePoLM
+from repo_jax.progress import progress
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -54,8 +53,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             eos_id=data.eos_id,
             vocab_size=model.config.vocab_size,
         )
-        shown = tqdm(batches, f"context {length}", disable=not sys.stderr.isatty(), leave=False)
-        results.append(_row(length, score(model, params, shown, data.byte_lengths)))
+        with progress(f"context {length}", len(batches), "batches") as update:
+            found = score(model, params, _counted(batches, update), data.byte_lengths)
+        results.append(_row(length, found))
     return {"source": config.run or config.model, "step": step, "results": results}
 
 
@@ -92,6 +92,12 @@ def evaluate_by_position(config: EvalConfig) -> tuple[list[by_position.Bin], int
         except ValueError as error:
             raise ConfigError(f"--{error}") from None
     return bins, step
+
+
+def _counted(items: Iterable[Any], update: Callable[[int], object]) -> Iterator[Any]:
+    for item in items:
+        yield item
+        update(1)  # it has been scored
 
 
 def _row(length: int, result: Score) -> dict[str, Any]:

@@ -230,7 +230,7 @@ def test_folders_that_are_no_corpus(config):
 
 
 def test_progress_is_some_lines_where_there_is_no_terminal(config, monkeypatch, capsys):
-    monkeypatch.setattr(build, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("repo_jax.progress._SECONDS_BETWEEN_LINES", 0.0)
     cached_corpus(config)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 200

@@ -280,6 +280,25 @@ def refusal(capsys, arguments):
     return line
 
 
+@pytest.mark.parametrize(
+    ("more", "unit", "n"), [({}, "batches", 10), ({"by_position": True}, "windows", None)]
+)
+def test_progress_is_some_lines_where_there_is_no_terminal(run, capsys, monkeypatch, more, unit, n):
+    folder, _, _ = run
+    text = dict(text=str(folder / "corpus"), context_lengths=(32,), max_tokens=640, batch_tokens=64)
+    config = EvalConfig(model=str(folder / "model"), **text, **more)
+    scored = lambda: (command.evaluate_by_position if more else evaluate)(config)
+    scored()
+    assert capsys.readouterr().err == ""  # not yet
+    monkeypatch.setattr("repo_jax.progress._SECONDS_BETWEEN_LINES", 0.0)
+    scored()
+    lines = capsys.readouterr().err.splitlines()
+    counts = [re.fullmatch(rf"context 32: (\d+) of (\d+) {unit} in \d+ s", line) for line in lines]
+    done, totals = zip(*(map(int, count.groups()) for count in counts), strict=True)
+    assert list(done) == sorted(set(done))
+    assert set(totals) == {n or totals[0]} == {done[-1]}
+
+
 def test_yarn_changes_the_model_that_is_scored(tmp_path):
     config = parse(write_config(tmp_path))
     make_run(tmp_path / "run", config)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from repo_jax.config import RopeScaling, to_dict
 from repo_jax.data import Tokenizer
@@ -25,6 +23,7 @@ from repo_jax.evaluation.perplexity import log_probabilities
 from repo_jax.inference.generator import Generator
 from repo_jax.inference.sampling import Sampling
 from repo_jax.modeling import RePoLM
+from repo_jax.progress import progress
 
 # What generation keeps of each row at least, however short.
 _LEAST_SLOTS = 512
@@ -259,14 +258,14 @@ class RepoJaxLM(TemplateLM):
             prompts.append(context[-room:])
             groups.setdefault(json.dumps(options[i]), []).append(i)
         texts = [""] * len(requests)
-        with _progress(len(requests), "generate") as shown:
+        with progress("generate", len(requests), "requests") as update:
             for group in groups.values():
                 until, sampling = options[group[0]]
                 for i, text in self._continue({i: prompts[i] for i in group}, until, sampling):
                     texts[i] = text
                     if not sampling["temperature"]:
                         self._remember("generate_until", requests[i].args, text)
-                    shown.update()
+                    update(1)
         return texts
 
     def _continue(self, prompts, until, sampling) -> Iterator[tuple[int, str]]:
@@ -309,7 +308,7 @@ class RepoJaxLM(TemplateLM):
             counts.append(len(continuation))
         lengths = {i: len(row) - 1 for i, row in enumerate(tokens) if counts[i]}
         yield from ((i, (0.0, True)) for i, count in enumerate(counts) if not count)
-        with _progress(len(lengths), "score") as shown:
+        with progress("score", len(lengths), "requests") as update:
             for rows, width, size in _batches(lengths, self._batch_tokens):
                 wide = max(8, _round_up(max(counts[i] for i in rows), steps=1))
                 inputs = np.zeros((size, width), np.int32)
@@ -325,7 +324,7 @@ class RepoJaxLM(TemplateLM):
                     count = counts[i]
                     logprob = float(logprobs[row, :count].sum(dtype=np.float64))
                     yield i, (logprob, bool(greedy[row, :count].all()))
-                shown.update(len(rows))
+                update(len(rows))
 
     def _remembered(self, kind: str, requests, answer) -> list:
         if self._cache is None:
@@ -395,10 +394,6 @@ def _batches(
         rows = [i for i in order[start : start + size] if width_of(i) == width]
         yield rows, width, size
         start += len(rows)
-
-
-def _progress(total: int, what: str) -> tqdm:
-    return tqdm(total=total, desc=what, disable=not sys.stderr.isatty(), leave=False)
 
 
 @jax.jit

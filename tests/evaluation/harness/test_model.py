@@ -211,6 +211,22 @@ def test_generation_options_that_are_wrong(lm, options, message):
         lm.generate_until(ask("generate_until", ("abc", options)))
 
 
+def test_progress_is_some_lines_where_there_is_no_terminal(parts, capsys, monkeypatch):
+    lm = RepoJaxLM(*parts, batch_tokens=64)
+    monkeypatch.setattr("repo_jax.progress._SECONDS_BETWEEN_LINES", 0.0)
+    lm.loglikelihood(ask("loglikelihood", *(("abc" * n, "d") for n in range(1, 13))))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 1
+    assert lines[-1].startswith("score: 12 of 12 requests in ")
+    options = {"until": [], "max_gen_toks": 4}
+    lm.generate_until(ask("generate_until", ("abc", options), ("abcd", options)))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" in ")[0] for line in lines] == [
+        "generate: 1 of 2 requests",
+        "generate: 2 of 2 requests",
+    ]
+
+
 class StoppedError(Exception):
     """Stands for a signal."""
 
