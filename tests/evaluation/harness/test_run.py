@@ -1,9 +1,14 @@
 """eval.py --tasks, from the command line to what it writes."""
 
+import contextlib
 import json
+import os
 import re
+import signal
+import sqlite3
 import subprocess
 import sys
+import time
 
 import pytest
 from lm_eval.tasks import TaskManager
@@ -26,6 +31,17 @@ doc_to_text: "{{{{q}}}}"
 doc_to_target: gold
 doc_to_choice: ["a", "b", "c"]
 metric_list: [{{metric: acc}}]
+"""
+ANSWER = """
+task: answers
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{folder}/letters.json"}}}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{q}}}}"
+doc_to_target: "a"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 24, do_sample: false}}
+metric_list: [{{metric: exact_match}}]
 """
 ROLLING = """
 task: texts
@@ -67,6 +83,7 @@ def run(tmp_path_factory):
     (own / "letters.json").write_text("\n".join(map(json.dumps, rows)))
     (own / "letters.yaml").write_text(CHOICE.format(folder=own))
     (own / "texts.yaml").write_text(ROLLING.format(folder=own))
+    (own / "answers.yaml").write_text(ANSWER.format(folder=own))
     return folder
 
 
@@ -193,6 +210,71 @@ def test_a_stopped_evaluation_goes_on(run, tmp_path, monkeypatch):
     command.main(given)
     assert sum(asked) == 10 * 3 + 10
     assert set(report(tmp_path)["tasks"]) == {"letters", "texts"}
+
+
+def test_an_evaluation_that_was_killed_goes_on(run, tmp_path, monkeypatch):
+    """In a process of its own, while it generates; what it had answered is not asked again."""
+    program = """if True:
+        import sys, time
+        from repo_jax.evaluation import command
+        from repo_jax.evaluation.harness import model
+
+        asked, complete = [], model.Generator.complete
+
+        def slow(self, prompts, **given):
+            asked.extend(prompts)
+            if len(asked) > 4:
+                time.sleep(600)  # until the signal comes, however busy the machine is
+            return complete(self, prompts, **given)
+
+        model.Generator.complete = slow
+        command.run()
+    """
+    given = lambda output: options(run, "answers", output, "--batch_tokens", "512")  # a row each
+    database = tmp_path / "killed" / "evaluation" / "requests.sqlite"
+    with (tmp_path / "printed").open("w") as printed:
+        killed = subprocess.Popen(
+            [sys.executable, "-c", program, *given(tmp_path / "killed")],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=printed,
+            stderr=printed,
+        )
+        try:
+            while answered(database) < 4:
+                assert killed.poll() is None, (tmp_path / "printed").read_text()
+                time.sleep(0.02)
+        finally:
+            killed.kill()
+            killed.wait()
+    assert killed.returncode == -signal.SIGKILL
+    assert answered(database) == 4
+    assert not (tmp_path / "killed" / "evaluation" / "tasks.json").exists()
+
+    asked, complete = [], harness.Generator.complete
+
+    def counted(self, prompts, **given):
+        asked.extend(prompts)
+        return complete(self, prompts, **given)
+
+    monkeypatch.setattr(harness.Generator, "complete", counted)
+    command.main(given(tmp_path / "killed"))
+    assert len(asked) == 10 - 4
+    command.main(given(tmp_path / "undisturbed"))
+    assert len(asked) == 10 - 4 + 10
+    assert lines(tmp_path / "killed", "answers") == lines(tmp_path / "undisturbed", "answers")
+    assert report(tmp_path / "killed") == report(tmp_path / "undisturbed")
+    assert len({row["output"] for row in lines(tmp_path / "killed", "answers")}) > 1
+
+
+def answered(database):
+    """How many answers another process has kept so far."""
+    if not database.exists():
+        return 0
+    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as found:
+        try:
+            return found.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
+        except sqlite3.OperationalError:  # it is being made
+            return 0
 
 
 def test_other_results_are_not_overwritten(run, tmp_path, capsys):
@@ -333,6 +415,41 @@ def test_a_package_that_is_missing_is_named(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "wonderwords", None)
     error = mistake(capsys, options(run, "needle_single", tmp_path))
     assert "the task needle_single needs the package 'wonderwords', which is not" in error
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "purpose"),
+    [
+        ("eval.py", ["--tasks", "letters", "--run", "."], "--tasks"),
+        ("repo_jax/evaluation/harness/__main__.py", ["--model", "repo_jax"], "lm-eval's command"),
+    ],
+)
+def test_lm_eval_that_is_missing_is_one_sentence(tmp_path, program, arguments, purpose):
+    """In a process that has not imported it, as if it were not installed."""
+    code = f"""if True:
+        import runpy, sys
+
+        class Missing:
+            def find_spec(self, name, *_):
+                if name == "lm_eval":
+                    raise ModuleNotFoundError(name=name)
+
+        sys.meta_path.insert(0, Missing())
+        runpy.run_path({str(ROOT / program)!r}, run_name="__main__")
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == (
+        f"error: {purpose} needs the package 'lm_eval', which is not installed; "
+        "run: pip install 'repo-jax[eval]'\n"
+    )
+    assert not any(tmp_path.iterdir())
 
 
 def test_lm_eval_is_imported_when_it_is_used_only():
