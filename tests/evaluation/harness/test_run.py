@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -183,6 +184,36 @@ def test_limit_and_shots(run, tmp_path):
     row = report(tmp_path)["tasks"]["shown"]
     assert (row["examples"], row["shots"], row["limit"]) == (3, 2, 3)
     assert lines(tmp_path, "shown")[0]["prompt"].count("is a letter of") == 3
+
+
+def test_rolling_tasks_score_a_document_as_perplexity_does_after_another(run, tmp_path):
+    """The same document in a task and in a text, each through its own command.
+
+    In a text an eos stands between documents. Windows as long as the first document begin there,
+    so that the second is scored from its first token on, as rolling scores it.
+    """
+    first, second = "a text of thirty-one characters", "and this one has one fewer, 30"
+    texts = tmp_path / "first", tmp_path / "second"
+    for path, text in zip(texts, (first, second), strict=True):
+        path.with_suffix(".txt").write_text(text)
+    (tmp_path / "letters.json").write_text(json.dumps({"q": second}))
+    (tmp_path / "texts.yaml").write_text(ROLLING.format(folder=tmp_path))
+    model = ["--model", str(run / "model")]
+    tasks = ["--tasks", "texts", "--tasks_dir", str(tmp_path)]
+    command.main([*model, *tasks, "--output", str(tmp_path)])
+    sums = []
+    for n in (1, 2):
+        files = ", ".join(f"{path}.txt" for path in texts[:n])
+        text = ["--text", f"[{files}]", "--context_lengths", "[31]"]
+        command.main([*model, *text, "--output", str(tmp_path / f"{n}.json")])
+        (row,) = json.loads((tmp_path / f"{n}.json").read_text())["results"]
+        sums.append((row["loss"] * row["targets"], row["targets"], row["bytes"]))
+    nll, targets, n_bytes = (both - one for one, both in zip(*sums, strict=True))
+    assert (targets, n_bytes) == (30, 30)
+    (rolled,) = lines(tmp_path, "texts")
+    assert rolled["score"] == [pytest.approx(-nll, rel=1e-5), 30]
+    score = report(tmp_path)["tasks"]["texts"]["score"]
+    assert score == pytest.approx(nll / n_bytes / math.log(2), rel=1e-5)
 
 
 class StoppedError(Exception):
