@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -202,18 +204,26 @@ def _by_position(config: EvalConfig) -> None:
 
 
 def _outputs(config: EvalConfig, name: str, *beside: str) -> tuple[Path, ...]:
-    """The JSON file to write, and those beside it by their suffixes; checked before long work."""
-    if config.output is not None:
-        output = Path(config.output)
-    elif config.run is not None:
-        output = Path(config.run) / "evaluation" / f"{name}.json"
-    else:
+    """The JSON file to write, and those beside it by their suffixes; checked before long work.
+
+    In a run directory, where nobody has named it, a second one is `name-2`, and so on.
+    """
+    if config.output is None and config.run is None:
         return ()
-    if output.suffix in beside:
+    files = lambda output: (output, *(output.with_suffix(suffix) for suffix in beside))
+    if config.output is None:
+        folder = Path(config.run) / "evaluation"
+        names = itertools.chain((name,), (f"{name}-{n}" for n in itertools.count(2)))
+        free = (files(folder / f"{name}.json") for name in names)
+        taken = lambda outputs: not config.overwrite and any(map(os.path.lexists, outputs))
+        outputs = next(itertools.dropwhile(taken, free))
+    else:
+        outputs = files(Path(config.output))
+    if outputs[0].suffix in beside:
         raise ConfigError(
-            f"--output is {output}, which --{name} writes beside the JSON file; name a .json file"
+            f"--output is {config.output}, which --{name} writes beside the JSON file; name a "
+            ".json file"
         )
-    outputs = (output, *(output.with_suffix(suffix) for suffix in beside))
     _check(outputs, config.overwrite)
     return outputs
 

@@ -197,15 +197,20 @@ def test_files_are_replaced_when_asked_and_otherwise_kept(
     assert {path.name for path in tmp_path.iterdir()} == set(files)
 
 
-def test_results_in_a_run_directory_are_kept(run, tmp_path, capsys):
+def test_results_in_a_run_directory_are_kept_and_the_next_get_a_number(run, tmp_path):
     folder, _, _ = run
     shutil.copytree(folder / "run", tmp_path / "run")
     kept = tmp_path / "run" / "evaluation" / "perplexity.json"
     kept.parent.mkdir(exist_ok=True)
     kept.write_text("mine")
-    line = refusal(capsys, ["--run", str(tmp_path / "run")])
-    assert line.startswith(f"error: --output: {kept} exists; name a new file, or")
+    given = ["--run", str(tmp_path / "run"), "--context_lengths", "[32]", "--max_tokens", "640"]
+    for name in ("perplexity-2.json", "perplexity-3.json"):
+        command.main(given)
+        assert json.loads((kept.parent / name).read_text())["results"]
     assert kept.read_text() == "mine"
+    command.main([*given, "--overwrite"])
+    assert json.loads(kept.read_text())["results"]
+    assert len(list(kept.parent.glob("perplexity*"))) == 3
 
 
 def test_a_file_made_meanwhile_is_kept(run, tmp_path, capsys, monkeypatch):
