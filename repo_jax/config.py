@@ -599,8 +599,8 @@ class EvalConfig:
         empty: the run's sequence length and its halves and doubles.
       batch_tokens: tokens in a batch.
       max_tokens: of the text that are read; None: all.
-      output: a JSON file; None: a new one in the run directory, or printed only. With `tasks`, a folder
-        to make `evaluation/` in; None: the run directory.
+      output: a JSON file; None: a new one in the run directory, or printed only. With `tasks`, a
+        folder to make `evaluation/` in; None: the run directory.
       overwrite: files that are there are replaced. Not for `tasks`, which go on where they were.
       dtype: of activations.
       rope_scaling: YaRN, for contexts longer than the model was trained on. None: what the model
