@@ -154,8 +154,8 @@ def _load(manager: TaskManager, name: str, data_dir: str | None) -> dict[str, An
 
 def _missing(error: BaseException) -> str:
     """What could not be imported; lm-eval says so in words of its own."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    while isinstance(inner := error.__cause__ or error.__context__, ImportError):
+        error = inner
     return getattr(error, "name", None) or str(error)
 
 

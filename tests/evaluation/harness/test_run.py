@@ -446,6 +446,10 @@ def test_a_package_that_is_missing_is_named(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "wonderwords", None)
     error = mistake(capsys, options(run, "needle_single", tmp_path))
     assert "the task needle_single needs the package 'wonderwords', which is not" in error
+    monkeypatch.delitem(sys.modules, "lm_eval.tasks.longbench.metrics", raising=False)
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    error = mistake(capsys, options(run, "longbench_qmsum", tmp_path))
+    assert "the task longbench_qmsum needs the package 'jieba', which is not" in error
 
 
 @pytest.mark.parametrize(
