@@ -81,6 +81,9 @@ def _generated(task, requests, answer: str, metric: str, filter_name: str) -> fl
     for ensemble in task._filters:
         ensemble.apply(made)
     results = [request.filtered_resps[filter_name] for request in made]
+    # A filter may look for words around an answer, and find none around this one.
+    if answer and all(isinstance(result, str) for result in results):
+        results = [answer] * len(results)
     return float(task.process_results(requests[0].doc, results)[metric])
 
 
@@ -91,6 +94,8 @@ def _answered(request, answer: str):
 
 
 def _chosen(task, requests, choice: int, metric: str) -> float:
+    if choice >= len(requests):
+        return 0.0
     results = [(0.0, True) if i == choice else (-1e9, False) for i in range(len(requests))]
     return float(task.process_results(requests[0].doc, results)[metric])
 
