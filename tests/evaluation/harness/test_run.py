@@ -577,7 +577,7 @@ def test_suites_are_those_of_the_paper():
     groups = [group for groups in SUITES.values() for group in groups]
     assert all(g.rope_scaling.original_length == 4096 for g in groups if g.rope_scaling)
     shots = {task.task: task.shots for task in SUITES["general"][0].tasks}
-    assert shots.pop("coqa") == 0
+    assert shots.pop("general_coqa") == 0
     assert set(shots.values()) == {5}
     index = TaskManager(include_path=str(TASKS_DIR)).task_index
     for group in groups:
