@@ -1,6 +1,5 @@
 """`eval.py --tasks`: tasks, then the model, then what is written of them."""
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -23,6 +22,7 @@ from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError, MissingPackageError
 from repo_jax.evaluation.harness.baselines import baseline
 from repo_jax.evaluation.harness.cache import RequestCache
+from repo_jax.evaluation.harness.local_data import data_sets_in
 from repo_jax.evaluation.harness.model import RepoJaxLM, load, tokenizer_folder
 from repo_jax.evaluation.harness.statistics import mean_interval, statistic_interval
 from repo_jax.evaluation.harness.suites import SUITES, TASKS_DIR, Group, SuiteTask
@@ -138,10 +138,8 @@ def _load(manager: TaskManager, name: str, data_dir: str | None) -> dict[str, An
             f"--tasks has {name!r}, which is no suite ({', '.join(SUITES)}) and no task of "
             f"lm-eval or --tasks_dir{hint}"
         )
-    # A folder in DATA_DIR named as a data set of the hub is taken in its place.
-    inside = contextlib.chdir(data_dir) if data_dir else contextlib.nullcontext()
     try:
-        with inside:
+        with data_sets_in(data_dir):
             tasks = manager.load([name])["tasks"]
     except (ConfigError, MissingPackageError):
         raise

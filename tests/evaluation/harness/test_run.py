@@ -6,6 +6,7 @@ import math
 import os
 import pkgutil
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -175,6 +176,16 @@ def test_a_folder_named_as_on_the_hub_is_taken_in_its_place(run, tmp_path):
     (run / "own" / "hub.yaml").write_text(text)
     command.main(options(run, "hub", tmp_path))
     assert [row["prompt"] for row in lines(tmp_path, "hub")] == ["z is a letter of"]
+    # What was read is kept, and the same README must not bring it back for other files.
+    (folder / "hard.json").write_text('{"q": "y is a letter of", "gold": 2}')
+    command.main(options(run, "hub", tmp_path / "changed"))
+    assert [row["prompt"] for row in lines(tmp_path / "changed", "hub")] == ["y is a letter of"]
+    elsewhere = tmp_path / "data" / "somebody" / "letters"
+    shutil.copytree(folder, elsewhere)
+    (elsewhere / "hard.json").write_text('{"q": "x is a letter of", "gold": 2}')
+    given = ("--data_dir", str(tmp_path / "data"))
+    command.main(options(run, "hub", tmp_path / "elsewhere", *given))
+    assert [row["prompt"] for row in lines(tmp_path / "elsewhere", "hub")] == ["x is a letter of"]
 
 
 def test_limit_and_shots(run, tmp_path):
