@@ -10,7 +10,7 @@ from lm_eval.tasks import TaskManager
 from repo_jax.data import byte_tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation.harness.suites import TASKS_DIR
-from repo_jax.evaluation.harness.tasks import hybridqa, needles, nlgraph
+from repo_jax.evaluation.harness.tasks import hybridqa, needles, nlgraph, ruler
 
 # As in NLGraph's main.json.
 NLGRAPH = {
@@ -256,7 +256,7 @@ def test_needles(tokenizer, tmp_path, kind, hidden, asked, gold, haystack):
 
 def test_recall_does_not_look_at_case():
     doc = {"outputs": ["Blue-Fox", "7"]}
-    assert needles.process_results(doc, ["the blue-fox"]) == {"recall": 0.5}
+    assert ruler.process_results(doc, ["the blue-fox"]) == {"recall": 0.5}
 
 
 def test_needles_depend_on_the_seed_and_their_number_only(tokenizer):
@@ -268,9 +268,12 @@ def test_needles_depend_on_the_seed_and_their_number_only(tokenizer):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"tokenizer": None}, "needle tasks need a tokenizer"),
+        ({"tokenizer": None}, "RULER.s tasks need a tokenizer"),
         ({"haystack": "essay"}, r"DATA_DIR/ruler/essays.txt; give --data_dir"),
-        ({"length": 300}, r"a needle task without a haystack has \d+ tokens; .* for 172 beside"),
+        (
+            {"length": 300},
+            r"a needle task without a haystack has \d+ tokens; the length 300 .* for 172 beside",
+        ),
     ],
 )
 def test_needles_that_cannot_be_made(tokenizer, given, message):

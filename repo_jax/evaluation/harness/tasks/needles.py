@@ -5,7 +5,6 @@ import functools
 import random
 import re
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +13,10 @@ import wonderwords
 
 from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
+from repo_jax.evaluation.harness.tasks.ruler import NOISE, fill, hide, open_tokenizer
 
 Haystack = Literal["noise", "needles", "essay"]
 
-# RULER's words, which models were compared on: no other wording gives the same task.
-_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _NEEDLE = "One of the special magic numbers for {key} is: {value}."
 _ONE = (
     "A special magic number is hidden within the following text. Make sure to memorize it. I will "
@@ -82,9 +80,7 @@ def documents(
     Raises:
       ConfigError: no tokenizer, no essays, or too little room.
     """
-    if (folder := tokenizer or run or pretrained) is None:
-        raise ConfigError("needle tasks need a tokenizer: give it in the metadata, tokenizer: DIR")
-    loaded = Tokenizer.load(folder)
+    loaded = open_tokenizer(tokenizer, run, pretrained)
     essays = None if data_dir is None else Path(data_dir) / "ruler" / "essays.txt"
     found = essays is not None and essays.is_file()
     if haystack is None:
@@ -137,47 +133,16 @@ def _sample(
         )
         sentences = tuple(map(more, range(length // 8)))
     elif haystack == "noise":
-        sentences = (_NOISE,)
+        sentences = (NOISE,)
     asked = queries[0] if len(queries) == 1 else ", ".join(queries[:-1]) + f", and {queries[-1]}"
     template = _ONE if len(queries) * kind.values == 1 else _SEVERAL
 
     def prompt(n: int) -> str:
-        lines = [sentences[i % len(sentences)] for i in range(n)]
-        for depth, needle in zip(reversed(depths), reversed(needles), strict=True):
-            lines.insert(round(depth * n), needle)
+        lines = hide(needles, depths, [sentences[i % len(sentences)] for i in range(n)])
         context = (" " if haystack == "essay" else "\n").join(lines)
         return template.format(context=context, query=asked)
 
-    tokens, text = _fill(prompt, lambda text: len(tokenizer.encode(text)), length - _NEW_TOKENS)
+    without = "a needle task without a haystack"
+    tokens, text = fill(prompt, tokenizer, length=length, new_tokens=_NEW_TOKENS, without=without)
     outputs = [value for key in queries for value in values[key]]
     return {"input": text, "outputs": outputs, "haystack": haystack, "tokens": tokens}
-
-
-def _fill(prompt: Callable[[int], str], count: Callable[[str], int], room: int) -> tuple[int, str]:
-    """The longest of prompt(0), prompt(1), ... that has at most `room` tokens, and how many.
-
-    Lengths grow nearly evenly, so that a few guesses find it.
-    """
-    least = count(prompt(0))
-    if least > room:
-        raise ConfigError(
-            f"a needle task without a haystack has {least} tokens; the length leaves room for "
-            f"{room} beside the {_NEW_TOKENS} of the answer"
-        )
-    per_sentence = max(1.0, (count(prompt(16)) - least) / 16)
-    low, fits, high = 0, least, None
-    while high is None or high - low > 1:
-        n = low + max(1, int((room - fits) / per_sentence))
-        n = n if high is None else min(n, high - 1)
-        tokens = count(prompt(n))
-        if tokens <= room:
-            low, fits = n, tokens
-        else:
-            high = n
-    return fits, prompt(low)
-
-
-def process_results(doc: dict, results: list[str]) -> dict[str, float]:
-    """`recall`: the share of the gold strings in the output, whatever their case."""
-    output = results[0].lower()
-    return {"recall": sum(gold.lower() in output for gold in doc["outputs"]) / len(doc["outputs"])}
