@@ -19,6 +19,7 @@ Preset = Literal["rope", "nope", "r2n1", "n2r1", "repo", "cope"]
 RematPolicy = Literal["none", "full", "attention", "dots"]
 AttentionName = Literal["xla", "pallas_tpu", "pallas_gpu", "cudnn", "reference"]
 Dtype = Literal["float32", "bfloat16"]
+Haystack = Literal["noise", "needles", "essay"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -613,6 +614,11 @@ class EvalConfig:
         lm-eval, with commas between.
       tasks_dir: a folder of task files of your own, in lm-eval's format.
       data_dir: a folder of data sets; see docs/11-evaluation.md.
+      haystack: what RULER's needles are hidden in: `noise`, a sentence again and again; `needles`,
+        other needles; `essay`, the text in data_dir/ruler/essays.txt. None: as in RULER, noise for
+        the single needle and for the others the essays, or, without that file, noise too.
+      task_length: tokens of prompt and answer of RULER's tasks that `tasks` names one by one, and
+        what the model may see there; None: 4096. Suites have lengths of their own.
       limit: examples of each task; None: all.
       num_fewshot: examples before each question; None: as the suite or the task says.
       published_scoring: scores NLGraph as upstream does, which takes silence for a no.
@@ -637,6 +643,8 @@ class EvalConfig:
     tasks: tuple[str, ...] | str = ()
     tasks_dir: str | None = None
     data_dir: str | None = None
+    haystack: Haystack | None = None
+    task_length: int | None = None
     limit: int | None = None
     num_fewshot: int | None = None
     published_scoring: bool = False
@@ -647,7 +655,8 @@ class EvalConfig:
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         tasks = self.tasks.split(",") if isinstance(self.tasks, str) else self.tasks
         object.__setattr__(self, "tasks", tuple(filter(None, (task.strip() for task in tasks))))
-        for name in ("tasks_dir", "data_dir", "limit", "num_fewshot", "published_scoring"):
+        needs_tasks = ("tasks_dir", "data_dir", "haystack", "task_length", "limit", "num_fewshot")
+        for name in (*needs_tasks, "published_scoring"):
             given = getattr(self, name) not in (None, False)
             _require(self.tasks or not given, f"--{name} needs --tasks")
         for name in ("text", "tokens"):
@@ -663,7 +672,7 @@ class EvalConfig:
             (self.run is None) != (self.model is None),
             "give one of --run (a run directory) and --model (a folder or hub id)",
         )
-        _positive(self, "", "batch_tokens", "max_tokens", "limit", "stride")
+        _positive(self, "", "batch_tokens", "max_tokens", "limit", "stride", "task_length")
         _require(self.by_position or self.stride is None, "--stride needs --by_position true")
         _require(
             not (self.by_position and self.tasks), "--by_position and --tasks exclude each other"

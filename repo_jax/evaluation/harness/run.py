@@ -25,7 +25,14 @@ from repo_jax.evaluation.harness.cache import RequestCache
 from repo_jax.evaluation.harness.local_data import data_sets_in
 from repo_jax.evaluation.harness.model import RepoJaxLM, load, tokenizer_folder
 from repo_jax.evaluation.harness.statistics import mean_interval, statistic_interval
-from repo_jax.evaluation.harness.suites import SUITES, TASKS_DIR, Group, SuiteTask
+from repo_jax.evaluation.harness.suites import (
+    RULER_TASKS,
+    SUITES,
+    TASKS_DIR,
+    Group,
+    SuiteTask,
+    alone,
+)
 
 _PUBLISHED = "published_match"
 
@@ -86,9 +93,14 @@ def evaluate_tasks(config: EvalConfig) -> dict[str, Any]:
 
 def _groups(config: EvalConfig) -> tuple[Group, ...]:
     """The groups of the suites, and one of each other task, in the order given."""
+    if config.task_length is not None and not set(RULER_TASKS) & set(config.tasks):
+        raise ConfigError(
+            f"--task_length is {config.task_length}, which is for {', '.join(RULER_TASKS)}; "
+            "--tasks names none of them"
+        )
     groups: list[Group] = []
     for name in config.tasks:
-        groups += SUITES.get(name, (Group(name, (SuiteTask(name),)),))
+        groups += SUITES.get(name, (alone(name, config.task_length),))
     return tuple(groups)
 
 
@@ -108,6 +120,8 @@ def _entries(config: EvalConfig, groups: Iterable[Group], tokenizer: Path | str)
             raise ConfigError(f"--{option} {getattr(config, option)}: there is no such folder")
     own_paths = [str(TASKS_DIR), *filter(None, [absolute(config.tasks_dir)])]
     shared = {"tokenizer": absolute(tokenizer), "data_dir": absolute(config.data_dir)}
+    if config.haystack is not None:
+        shared["haystack"] = config.haystack
     if config.limit is not None:
         shared["samples"] = config.limit
     everything: TaskManager | None = None
@@ -125,6 +139,11 @@ def _entries(config: EvalConfig, groups: Iterable[Group], tokenizer: Path | str)
             if entry.name in entries:
                 raise ConfigError(f"--tasks names {entry.name} twice")
             entries[entry.name] = entry
+    if config.haystack and not any(entry.settings["haystack"] for entry in entries.values()):
+        raise ConfigError(
+            f"--haystack is {config.haystack}; none of --tasks, {', '.join(config.tasks)}, hides "
+            "needles in one"
+        )
     return list(entries.values())
 
 
@@ -238,6 +257,7 @@ def _entry(config: EvalConfig, group: Group, asked: SuiteTask, tasks: dict[str, 
         "rope_scaling": scaling and to_dict(scaling),
         "max_length": group.max_length,
         "group": group.name,
+        "haystack": ", ".join(sorted(set().union(*map(_haystacks, tasks.values())))) or None,
     }
     return _Entry(asked.name or asked.task, asked, group, tasks, settings)
 
@@ -311,7 +331,6 @@ def _evaluate(entry: _Entry, lm: RepoJaxLM, config: EvalConfig, out: Path, repor
     else:
         score, interval = aggregate(scores), statistic_interval(scores, aggregate)
     known = baseline(list(entry.tasks.values()), metric, filter_name)
-    haystacks = {h for task in entry.tasks.values() for h in _haystacks(task)}
     report["tasks"][entry.name] = {
         **entry.settings,
         "examples": len(rows),
@@ -321,7 +340,6 @@ def _evaluate(entry: _Entry, lm: RepoJaxLM, config: EvalConfig, out: Path, repor
         "empty": known.empty,
         "constant": known.constant,
         "constant_answer": known.answer,
-        "haystack": ", ".join(sorted(haystacks)) or None,
     }
     tasks = report["tasks"]
     members = [task.name or task.task for task in entry.group.tasks]
@@ -334,7 +352,9 @@ def _evaluate(entry: _Entry, lm: RepoJaxLM, config: EvalConfig, out: Path, repor
 
 
 def _haystacks(task) -> set[str]:
-    return {request.doc["haystack"] for request in task.instances if "haystack" in request.doc}
+    # Other tasks may have so many examples that looking at them takes long.
+    made_here = callable(task.get_config("custom_dataset"))
+    return {doc["haystack"] for doc in task.eval_docs if "haystack" in doc} if made_here else set()
 
 
 def _row(task: str, sample: dict, metric: str) -> dict[str, Any]:

@@ -48,6 +48,23 @@ class Group:
 
 _NEEDLES = ("single", "multikey", "multivalue", "multiquery")
 _TRAINED_LENGTH = 4096
+# Whose prompts are made as long as is asked for.
+RULER_TASKS = (
+    *(f"needle_{kind}" for kind in _NEEDLES),
+    *("variable_tracking", "common_words", "frequent_words"),
+)
+
+
+def alone(task: str, length: int | None) -> Group:
+    """The group of a task that is in no suite.
+
+    Args:
+      length: of RULER's prompts and answers, and what the model then may see; None: 4096.
+    """
+    if task not in RULER_TASKS:
+        return Group(task, (SuiteTask(task),))
+    length = _TRAINED_LENGTH if length is None else length
+    return Group(task, (SuiteTask(task),), max_length=length, metadata={"length": length})
 
 
 def _ruler(length: int) -> Group:

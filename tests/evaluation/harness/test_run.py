@@ -22,7 +22,7 @@ from repo_jax import RopeScaling, cli, save_pretrained
 from repo_jax.evaluation import command
 from repo_jax.evaluation.harness import __main__ as lm_eval_command
 from repo_jax.evaluation.harness import model as harness
-from repo_jax.evaluation.harness.suites import SUITES, TASKS_DIR, Group, SuiteTask
+from repo_jax.evaluation.harness.suites import SUITES, TASKS_DIR, Group, SuiteTask, alone
 from tests.tiny_runs import ROOT, make_run, parse, write_config
 
 CHOICE = """
@@ -387,6 +387,21 @@ def mistake(capsys, arguments):
             r"/.*/data and give --data_dir, or",
         ),
         (["--data_dir", "nowhere"], r"--data_dir nowhere: there is no such folder"),
+        (["--haystack", "straw"], r"haystack.*straw"),
+        (["--haystack", "noise"], r"--haystack is noise; none of --tasks, letters, hides"),
+        (
+            ["--tasks", "needle_multikey", "--haystack", "essay"],
+            r"the haystack essay needs a text in DATA_DIR/ruler/essays.txt",
+        ),
+        (["--task_length", "0"], r"--task_length is 0; it must be positive"),
+        (
+            ["--tasks", "letters,noisy", "--task_length", "900", "--limit", "1"],
+            r"--task_length is 900, which is for needle_single, .*; --tasks names none of them",
+        ),
+        (
+            ["--tasks", "variable_tracking", "--task_length", "600"],
+            r"variable_tracking without noise has \d+ tokens; the length 600 leaves room for 570",
+        ),
         (["--limit", "0"], r"--limit is 0; it must be positive"),
         (["--num_fewshot", "-1"], r"--num_fewshot is -1; it must be 0 or more"),
         (["--text", "notes"], r"--tasks and --text exclude each other"),
@@ -615,6 +630,41 @@ def test_a_suite_changes_the_model_and_gives_a_mean(run, tmp_path, capsys, monke
     assert mean == sum(row["score"] for row in rows) / 2
     assert found["tasks"]["letters"]["rope_scaling"] is None
     assert f"mean of 2 tasks {'':>13} {mean:>8.4f}" in capsys.readouterr().out
+
+
+def test_rulers_tasks_are_as_long_as_is_asked(run, tmp_path, monkeypatch):
+    """The model sees all of the prompt, however short the texts were that it was trained on."""
+    asked, complete = [], harness.Generator.complete
+
+    def recorded(self, prompts, **given):
+        asked.extend((len(prompt), given["max_new_tokens"]) for prompt in prompts)
+        return complete(self, prompts, **given)
+
+    monkeypatch.setattr(harness.Generator, "complete", recorded)
+    names = ("variable_tracking", "frequent_words")
+    given = options(run, ",".join(names), tmp_path, "--limit", "1", "--task_length", "1300")
+    command.main(given)
+    assert sum(new_tokens for _, new_tokens in asked) == 30 + 50
+    assert all(1200 < length + new_tokens <= 1300 for length, new_tokens in asked)
+    for name in names:
+        row = report(tmp_path)["tasks"][name]
+        assert (row["metric"], row["examples"], row["max_length"]) == ("recall", 1, 1300)
+        assert (row["empty"], row["haystack"]) == (0.0, None)
+    lengths = [group.max_length for group in map(alone, (*names, "letters"), [None] * 3)]
+    assert lengths == [4096, 4096, None]
+
+
+def test_the_haystack_is_chosen_and_kept(run, tmp_path, capsys):
+    given = ("--limit", "1", "--task_length", "700", "--haystack")
+    command.main(options(run, "needle_single", tmp_path, *given, "needles"))
+    before = report(tmp_path)
+    assert before["tasks"]["needle_single"]["haystack"] == "needles"
+    (row,) = lines(tmp_path, "needle_single")
+    assert row["prompt"].count("One of the special magic numbers") > 1
+    assert "The grass is green." not in row["prompt"]
+    error = mistake(capsys, options(run, "needle_single", tmp_path, *given, "noise"))
+    assert "has needle_single with haystack needles, not noise; give another --output" in error
+    assert report(tmp_path) == before
 
 
 def test_suites_are_those_of_the_paper():

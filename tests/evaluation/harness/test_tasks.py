@@ -269,6 +269,10 @@ def test_needles_depend_on_the_seed_and_their_number_only(tokenizer):
     ("given", "message"),
     [
         ({"tokenizer": None}, "RULER.s tasks need a tokenizer"),
+        (
+            {"haystack": "straw"},
+            r"the haystack is 'straw'; it must be one of noise, needles, essay",
+        ),
         ({"haystack": "essay"}, r"DATA_DIR/ruler/essays.txt; give --data_dir"),
         (
             {"length": 300},

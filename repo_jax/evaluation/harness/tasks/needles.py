@@ -6,16 +6,15 @@ import random
 import re
 import uuid
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import datasets
 import wonderwords
 
+from repo_jax.config import Haystack
 from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation.harness.tasks.ruler import NOISE, fill, hide, open_tokenizer
-
-Haystack = Literal["noise", "needles", "essay"]
 
 _NEEDLE = "One of the special magic numbers for {key} is: {value}."
 _ONE = (
@@ -78,8 +77,12 @@ def documents(
       Split `test` with `input`, `outputs`, `haystack`, `tokens`.
 
     Raises:
-      ConfigError: no tokenizer, no essays, or too little room.
+      ConfigError: no such haystack, no tokenizer, no essays, or too little room.
     """
+    if haystack not in (None, *get_args(Haystack)):
+        raise ConfigError(
+            f"the haystack is {haystack!r}; it must be one of {', '.join(get_args(Haystack))}"
+        )
     loaded = open_tokenizer(tokenizer, run, pretrained)
     essays = None if data_dir is None else Path(data_dir) / "ruler" / "essays.txt"
     found = essays is not None and essays.is_file()
