@@ -93,7 +93,7 @@ def hub(golden_repo):
     server.server_close()
 
 
-LOAD = """
+LOCATE = """
 import json, sys
 from repo_jax.errors import ConfigError
 from repo_jax.interop import hub
@@ -106,19 +106,25 @@ for hub_id, revision in json.loads(sys.argv[1]):
 """
 
 
-def locate(endpoint, cache, *requests, **environment):
-    """What each (hub id, revision) gives in a new process."""
+def python(endpoint, cache, *arguments, **environment):
+    """What a new process of Python prints that knows this hub alone."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE_"))}
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1"}
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, json.dumps(requests)],
+        [sys.executable, *arguments],
         env={**kept, **settings, **environment},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=True,
     )
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout
+
+
+def locate(endpoint, cache, *requests, **environment):
+    """What each (hub id, revision) gives in a new process."""
+    printed = python(endpoint, cache, "-c", LOCATE, json.dumps(requests), **environment)
+    return [json.loads(line) for line in printed.splitlines()]
 
 
 def test_a_model_comes_from_the_hub_and_then_from_its_cache(
@@ -147,6 +153,25 @@ def test_a_model_comes_from_the_hub_and_then_from_its_cache(
     offline = locate(hub, tmp_path, ("owner/small", None), HF_HUB_OFFLINE="1")
     assert offline == [["folder", folder]]
     assert not Hub.requests
+
+
+def test_shards_come_from_the_hub(hub, make_model, tmp_path, assert_same):
+    from repo_jax.interop import from_pretrained, save_pretrained
+
+    model, params = make_model()
+    save_pretrained(tmp_path / "many", model, params, max_shard_bytes=30_000)
+    Hub.files = {path.name: path.read_bytes() for path in (tmp_path / "many").iterdir()}
+    shards = sorted(name for name in Hub.files if name.endswith(".safetensors"))
+    assert len(shards) > 2
+
+    options = ("--model", "owner/small", "--revision", "step1", "--out", str(tmp_path / "one"))
+    python(hub, tmp_path / "hub", "-m", "repo_jax.convert", *options)
+    asked = [request.rpartition("/")[2] for request in Hub.requests if "GET /owner" in request]
+    assert sorted(asked) == sorted(Hub.files)  # each once
+    assert [path.name for path in (tmp_path / "one").glob("model*")] == ["model.safetensors"]
+    again, loaded = from_pretrained(tmp_path / "one")
+    assert again.config.kinds == model.config.kinds
+    assert_same(loaded, params)
 
 
 def test_mistakes_are_one_sentence(hub, tmp_path):
