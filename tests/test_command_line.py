@@ -126,6 +126,14 @@ OPTIONS = [
         ["--optimizer.rates", '{"f_phi.*": 2}'],
         "optimizer.rates has the pattern 'f_phi.*', which matches no parameter; parameters: ",
     ),
+    (
+        ["--mesh.fsdp", "3"],
+        "the mesh is data 1 x fsdp 3 x tensor 1 x context 1; it must use all 8 devices",
+    ),
+    (
+        ["--mesh.tensor", "8", "--mesh.fsdp", "1"],
+        "mesh.tensor is 8; it must divide model.n_heads (2)",
+    ),
     (["--data.text", "[]"], "neither data.text nor data.tokens is given; name files or folders"),
     (["--config", "{folder}/unknown_option.yaml"], "there is no option training.stepz; did you"),
     (
