@@ -173,18 +173,30 @@ def test_repetition_penalty_and_min_p():
     assert {ids[0] for ids in drawn} == set(np.flatnonzero(p >= 0.3).tolist())
 
 
-@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2, tensor=2), dict(fsdp=1, tensor=4)])
-def test_a_mesh_changes_nothing(mesh):
-    model, params = make("repo", n_kv_heads=4)
+@pytest.mark.parametrize(
+    ("kind", "kv_heads", "temperature", "mesh"),
+    [
+        ("repo", 4, 0.0, dict(data=2, fsdp=2, tensor=2)),
+        ("repo", 4, 0.0, dict(fsdp=1, tensor=4)),
+        ("repo", 2, 0.9, dict(fsdp=1, tensor=2)),
+        ("repo-query", 2, 0.0, dict(fsdp=2, tensor=2)),
+        ("cope", 2, 0.0, dict(fsdp=1, tensor=2)),
+    ],
+)
+def test_a_mesh_changes_nothing(kind, kv_heads, temperature, mesh):
+    model, params = make(kind, n_kv_heads=kv_heads, n_layers=2)
     prompts = prompts_of([3, 8, 17])
-    alone = Generator(model, params).complete(prompts, max_new_tokens=6, eos_ids=())
+    options = dict(max_new_tokens=6, eos_ids=(), sampling=Sampling(temperature=temperature))
+    alone = Generator(model, params).complete(prompts, **options)
     size = int(np.prod(list(mesh.values())))
     mesh = sharding.make_mesh(MeshConfig(**mesh), jax.devices()[:size])
     placed = jax.device_put(
         params, sharding.param_shardings(repo_jax.modeling.boxed_params(model), mesh)
     )
-    spread = Generator(model, placed, mesh=mesh).complete(prompts, max_new_tokens=6, eos_ids=())
-    assert [c.ids for c in spread] == [c.ids for c in alone]
+    spread = Generator(model, placed, mesh=mesh).complete(prompts, **options)
+    for ours, theirs in zip(spread, alone, strict=True):
+        assert ours.ids == theirs.ids
+        np.testing.assert_allclose(ours.log_probs, theirs.log_probs, rtol=1e-4, atol=1e-4)
 
 
 def test_activations_in_bfloat16_are_those_of_the_whole_pass():
