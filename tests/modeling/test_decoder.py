@@ -8,14 +8,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from pallas_kernels.attention.api import IMPLEMENTATIONS
 from repo_jax import DecoderBlock, DecoderConfig, PositionConfig, RePoLM, capture_positions
-from repo_jax.config import PRESETS, AttentionName, decoder_config
+from repo_jax.config import (
+    PRESETS,
+    AttentionName,
+    OptimizerConfig,
+    TrainingConfig,
+    decoder_config,
+)
 from repo_jax.modeling import abstract_params, init_params
+from repo_jax.training.step import create_state, make_train_step
 
-PRESET_NAMES = ("rope", "nope", "r2n1", "n2r1", "repo")
+PRESET_NAMES = ("rope", "nope", "r2n1", "n2r1", "repo", "cope")
 TINY = dict(vocab_size=64, d_model=32, n_layers=8, n_heads=4, d_ff=48)
 # Spread weights: with std 0.02 hidden states and positions hardly differ.
 WIDE = dict(TINY, init_std=0.3)
@@ -75,7 +83,7 @@ def test_no_token_depends_on_a_later_one(name):
     assert (moved[np.tril_indices(16)] > 0).all()
 
 
-@pytest.mark.parametrize("name", ["rope", "repo", "n2r1"])
+@pytest.mark.parametrize("name", ["rope", "nope", "n2r1", "repo", "z per query head", "cope"])
 def test_documents_do_not_see_each_other(name):
     model, params = made(config(positions=VARIANTS[name]))
     ids = jnp.array([[1] * 5 + [2] * 7 + [0] * 4])
@@ -87,7 +95,7 @@ def test_documents_do_not_see_each_other(name):
 
 
 def test_a_document_reads_the_same_alone_and_packed():
-    for name in ("repo", "rope"):
+    for name in ("repo", "rope", "cope"):
         model, params = made(config(name))
         ids = jnp.array([[1] * 10 + [2] * 14] * 2)
         packed = model.apply({"params": params}, TOKENS, ids).logits
@@ -175,6 +183,31 @@ def test_bfloat16_activations_are_close_to_float32():
     np.testing.assert_allclose(out, exact, atol=0.03 * float(np.abs(exact).max()))
 
 
+@pytest.mark.parametrize("name", ["rope", "repo"])
+def test_a_bfloat16_train_step_is_close_to_float32(name):
+    """Its loss, and its gradients, which after one step are Adam's first moment."""
+    model, params = made(config(name, n_layers=2, init_std=0.02))
+
+    def step(dtype):
+        halved = RePoLM(dataclasses.replace(model.config, dtype=dtype))
+        optimizer, step = make_train_step(
+            halved, OptimizerConfig(), TrainingConfig(steps=10, z_loss=1e-4), params
+        )
+        state, metrics = jax.jit(step)(create_state(params, optimizer, 0), {"tokens": TOKENS})
+        return metrics, optax.tree.get(state.opt_state, "mu")
+
+    (exact, gradients), (metrics, found) = step("float32"), step("bfloat16")
+    np.testing.assert_allclose(metrics["loss"], exact["loss"], rtol=2e-4)
+    np.testing.assert_allclose(metrics["grad_norm"], exact["grad_norm"], rtol=0.03)
+    pairs = zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(found), strict=True)
+    for (path, one), other in pairs:
+        assert other.dtype == jnp.float32
+        atol = 0.03 * float(np.abs(one).max())
+        np.testing.assert_allclose(
+            other, one, atol=atol, rtol=0, err_msg=jax.tree_util.keystr(path)
+        )
+
+
 def test_positions_are_float32_under_bfloat16_activations():
     """z of a bf16 model is not rounded to bf16: it takes values between bf16's."""
     model, params = made(config(dtype="bfloat16"))
@@ -222,8 +255,6 @@ def test_positions_per_query_head():
 @pytest.mark.parametrize("name", PRESET_NAMES)
 def test_the_compiled_step_does_not_grow_with_depth(name):
     """Instruction counts at 8 and 32 layers, of the whole train step."""
-    from repo_jax.config import OptimizerConfig, TrainingConfig
-    from repo_jax.training.step import create_state, make_train_step
 
     def instructions(n_layers):
         model = RePoLM(config(name, n_layers=n_layers))
