@@ -105,9 +105,9 @@ _gather.defvjp(lambda x, axes: (_gather(x, axes), None), _gather_bwd)
 
 
 def rotary_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
     positions_q: jax.Array | None,
     positions_k: jax.Array | None,
     *,
@@ -132,8 +132,8 @@ def rotary_attention(
     T and S for every implementation but `reference`.
 
     Args:
-      q: [B, T, N, H].
-      k, v: [B, S, K, H], K dividing N; query heads n*N/K .. share key/value head n.
+      q_BTNH: [B, T, N, H].
+      k_BSKH, v_BSKH: [B, S, K, H], K dividing N; query heads n*N/K .. share key/value head n.
       positions_q: float32 [B, T, P], P = 1, K or N (any divisor of N), or None for no
         rotation.
       positions_k: float32 [B, S, P], P = 1, K or N. With N columns and K < N, keys are
@@ -174,15 +174,15 @@ def rotary_attention(
         kv_segment_ids=kv_segment_ids,
         kv_length=kv_length,
     )
-    _check(q, k, v, positions_q, positions_k, arrays)
-    check_inv_freq(inv_freq, q.shape[-1])
+    _check(q_BTNH, k_BSKH, v_BSKH, positions_q, positions_k, arrays)
+    check_inv_freq(inv_freq, q_BTNH.shape[-1])
     dispatch.check_name(implementation, IMPLEMENTATIONS)
 
-    S, length = k.shape[1], partition.length if partition else None
+    S, length = k_BSKH.shape[1], partition.length if partition else None
     if length and kv_length is not None:
         raise ValueError(f"kv_length is given, but {partition} splits the keys of the cache")
     if length and causal and q_index is None:
-        arrays["q_index"] = np.arange(S - q.shape[1], S, dtype=np.int32)
+        arrays["q_index"] = np.arange(S - q_BTNH.shape[1], S, dtype=np.int32)
     axes = _AXES | ({"q_index": "T"} if np.ndim(arrays["q_index"]) == 1 else {})
     known_index, sizes, order = None, [S], [0]
     if np.ndim(kv_index) == 1:
@@ -241,7 +241,8 @@ def rotary_attention(
         )
         return see(q, k, v, marks)
 
-    arrays |= dict(q=q, k=k, v=v, positions_q=positions_q, positions_k=positions_k)
+    arrays |= dict(q=q_BTNH, k=k_BSKH, v=v_BSKH)
+    arrays |= dict(positions_q=positions_q, positions_k=positions_k)
     arrays |= dict(inv_freq=jnp.asarray(inv_freq), rope_scale=rope_scale)
     if partition is None:
         out, lse = attend(**{name: x for name, x in arrays.items() if x is not None})

@@ -302,7 +302,11 @@ def run(implementation, case: Case, seed: int = 0) -> dict:
 
     @jax.jit
     def everything(inputs, options, cotangents):
-        (out, lse), vjp = jax.vjp(lambda inputs: call(**inputs, **options), inputs)
+        def attend(inputs):
+            positions = {name: x for name, x in inputs.items() if name.startswith("positions")}
+            return call(*(inputs[name] for name in "qkv"), **positions, **options)
+
+        (out, lse), vjp = jax.vjp(attend, inputs)
         return out, lse, vjp(cotangents)[0]
 
     out, lse, grads = everything(inputs, case.options(seed), case.cotangents(seed))

@@ -24,17 +24,27 @@ def case(seed, *, T=19, S=None, N=4, K=2, P=2, spread=3.0):
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     positions = spread * normal(2, max(S, T), P)
     return dict(
-        q=normal(2, T, N, H),
-        k=normal(2, S, K, H),
-        v=normal(2, S, K, H),
+        q_BTNH=normal(2, T, N, H),
+        k_BSKH=normal(2, S, K, H),
+        v_BSKH=normal(2, S, K, H),
         positions_q=positions[:, -T:],
         positions_k=positions[:, -S:],
     )
 
 
-def exact(q, k, v, positions_q, positions_k, *, visible, inv_freq=INV_FREQ, rope_scale=1.0):
+def exact(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    positions_q,
+    positions_k,
+    *,
+    visible,
+    inv_freq=INV_FREQ,
+    rope_scale=1.0,
+):
     """Plain attention in whatever precision jax has; `visible` bool [B, T, S]."""
-    N, K = q.shape[2], k.shape[2]
+    N, K = q_BTNH.shape[2], k_BSKH.shape[2]
 
     def turn(x, z):
         if z is None:
@@ -45,8 +55,8 @@ def exact(q, k, v, positions_q, positions_k, *, visible, inv_freq=INV_FREQ, rope
         a, b = jnp.split(x, 2, -1)
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
-    k, v = (jnp.repeat(x, N // K, 2) for x in (k, v))
-    s = jnp.einsum("BTNH,BSNH->BNTS", turn(q, positions_q), turn(k, positions_k)) * H**-0.5
+    k, v = (jnp.repeat(x, N // K, 2) for x in (k_BSKH, v_BSKH))
+    s = jnp.einsum("BTNH,BSNH->BNTS", turn(q_BTNH, positions_q), turn(k, positions_k)) * H**-0.5
     s = jnp.where(visible[:, None], s, -1e30)
     w = jnp.where(visible[:, None], jax.nn.softmax(s, -1), 0.0)
     return jnp.einsum("BNTS,BSNH->BTNH", w, v)
@@ -76,7 +86,7 @@ def compiled_exact():
 
 def check(arrays, visible, *, causal=True, tolerance=3e-6, **options):
     """Both implementations, forward and all gradients, against float64."""
-    cotangent = np.random.default_rng(9).normal(size=arrays["q"].shape)
+    cotangent = np.random.default_rng(9).normal(size=arrays["q_BTNH"].shape)
     with jax.enable_x64(True):
         wide = {n: np.asarray(x, np.float64) for n, x in arrays.items()}
         expected = jax.device_get(compiled_exact()(wide, cotangent, visible))
@@ -168,7 +178,7 @@ def test_every_way_through_tiles_and_windows(window, rows, T, S, options, monkey
 
 def test_one_position_per_query_head_rotates_each_key_for_its_query():
     arrays = case(0, N=4, K=2, P=4)
-    repeated = arrays | {n: jnp.repeat(arrays[n], 2, 2) for n in "kv"}
+    repeated = arrays | {n: jnp.repeat(arrays[n], 2, 2) for n in ("k_BSKH", "v_BSKH")}
     expected = exact(**repeated, visible=causal(19))
     for implementation in ("reference", "xla"):
         out = rotary_attention(**arrays, inv_freq=INV_FREQ, implementation=implementation)
@@ -260,7 +270,8 @@ def test_logsumexp_and_its_gradient():
 
 def test_bfloat16_is_close_to_float32():
     arrays = case(7, T=64)
-    halved = {n: x.astype(jnp.bfloat16) if n in ("q", "k", "v") else x for n, x in arrays.items()}
+    half = lambda n, x: x if n.startswith("positions") else x.astype(jnp.bfloat16)
+    halved = {n: half(n, x) for n, x in arrays.items()}
     out = rotary_attention(**halved, inv_freq=INV_FREQ)
     assert out.dtype == jnp.bfloat16
     expected = rotary_attention(**arrays, inv_freq=INV_FREQ)
@@ -344,7 +355,10 @@ def test_on_accelerators_rows_and_heads_are_not_taken_one_after_the_other(docume
             dict(implementation="nope"),
             "implementation 'nope' is unknown; known: reference, xla, pallas_tpu, pallas_gpu, cu",
         ),
-        (dict(k=jnp.zeros((2, 19, 3, H)), v=jnp.zeros((2, 19, 3, H))), "3 key/value heads do not"),
+        (
+            dict(k_BSKH=jnp.zeros((2, 19, 3, H)), v_BSKH=jnp.zeros((2, 19, 3, H))),
+            "3 key/value heads do not",
+        ),
         (dict(positions_q=jnp.zeros((2, 19, 3))), "3 columns, which do not divide the 4 heads"),
         (dict(positions_q=None), "must both be given or both be None"),
         (dict(q_index=jnp.zeros((2, 19))), "q_index has dtype float32"),
