@@ -14,6 +14,7 @@ from repo_jax.training.checkpoints import load_run
 from repo_jax.training.metrics import read_metrics
 
 _PROMPT = "def read_lines(path):\n"
+_PLOT = "the loss plot"
 
 _NEXT = """\
 What next?
@@ -33,7 +34,7 @@ def plot_losses(run_dir: Path) -> Path:
     Raises:
       MissingPackageError: matplotlib is not installed.
     """
-    pyplot = plots.import_pyplot("the loss plot")
+    pyplot = plots.import_pyplot(_PLOT)
     lines = read_metrics(run_dir / "metrics.jsonl")
     figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
     for name, label, style in (
@@ -59,6 +60,7 @@ def _scripts() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs every step; options are those of train.py."""
+    plots.import_pyplot(_PLOT)  # missed now, not after training
     given = list(sys.argv[1:] if arguments is None else arguments)
     run_dir, summary = training.main(["--config", "quickstart", *given])
     if not summary.finished:

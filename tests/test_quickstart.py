@@ -2,12 +2,14 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 
 from repo_jax import cli, quickstart
+from repo_jax.errors import MissingPackageError
 from repo_jax.evaluation import command as evaluation
 from repo_jax.inference import command as inference
 from repo_jax.training import command as training
@@ -85,6 +87,14 @@ def test_it_trains_evaluates_samples_plots_and_says_what_next(options, capsys, m
         assert f"--run {run} " in line or name == "repo-train"
         with pytest.raises(ParsedError):
             COMMANDS[name](options)
+
+
+def test_a_missing_package_is_told_before_training(options, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(MissingPackageError, match="matplotlib"):
+        quickstart.main(options)
+    assert not Path("runs").exists()
 
 
 def test_a_stopped_run_says_nothing_yet(options, capsys, monkeypatch):
