@@ -20,7 +20,7 @@ from repo_jax.analysis.records import TABLES, Report
 from repo_jax.config import DecoderConfig, RopeScaling
 from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError, MissingPackageError
-from repo_jax.inference.command import load
+from repo_jax.inference.loading import load
 
 # What the command writes into its folder.
 _NAMES = ("report.json", *(f"{table}.csv" for table in TABLES), "figures", "page.html")
@@ -288,8 +288,8 @@ def _analyse(config: PositionsConfig) -> None:
     with _whole(out, config.overwrite) as made:
         for source in sources:
             print(f"{source.name}: loading, reading, measuring", file=sys.stderr)
-            model, params, _ = load(source)
-            arguments = (model, params, source.tokenizer, text)
+            loaded = load(source)
+            arguments = (loaded.model, loaded.params, source.tokenizer, text)
             try:
                 reading, rows = analyse(
                     *arguments, name=source.name, labelled=source.labelled, **options
@@ -300,7 +300,7 @@ def _analyse(config: PositionsConfig) -> None:
                 raise ConfigError(f"{source.name}: {error}") from None
             readings.append(reading)
             report += rows
-            del model, params, arguments  # one at a time is in memory
+            del loaded, arguments  # one at a time is in memory
         print("drawing", file=sys.stderr)
         report.write(made)
         drawn = figures.draw_all(readings, report, made / "figures", layers=config.layers)
@@ -319,8 +319,8 @@ def _serve(config: PositionsConfig) -> None:
         models = []
         for source in _sources(config):
             print(f"{source.name}: loading", file=sys.stderr)
-            model, params, _ = load(source)
-            models.append(Served(source.name, model, params, source.tokenizer))
+            loaded = load(source)
+            models.append(Served(source.name, loaded.model, loaded.params, source.tokenizer))
         serve(models, listening, host=config.host)
 
 

@@ -16,7 +16,7 @@ from repo_jax.data import Data, Tokenizer, ValidationBatches, open_data, open_te
 from repo_jax.errors import ConfigError, MissingPackageError
 from repo_jax.evaluation import by_position
 from repo_jax.evaluation.perplexity import Score, score
-from repo_jax.modeling import RePoLM
+from repo_jax.inference.loading import Loaded, load
 from repo_jax.progress import progress
 
 
@@ -34,8 +34,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     Raises:
       ConfigError: nothing to score, or it does not fit.
     """
-    model, params, step, data = _open(config)
-    model = RePoLM(dataclasses.replace(model.config, dtype=config.dtype))
+    loaded, data = _open(config)
     trained_on = data.config.sequence_length
     lengths = config.context_lengths or (trained_on // 2, trained_on, trained_on * 2)
     shared = trim_tokens(data.validation, max(lengths), config.max_tokens)
@@ -53,12 +52,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             batch_size=max(1, config.batch_tokens // length),
             document_mask=data.config.document_mask,
             eos_id=data.eos_id,
-            vocab_size=model.config.vocab_size,
+            vocab_size=loaded.model.config.vocab_size,
         )
         with progress(f"context {length}", len(batches), "batches") as update:
-            found = score(model, params, _counted(batches, update), data.byte_lengths)
+            found = score(loaded.model, loaded.params, _counted(batches, update), data.byte_lengths)
         results.append(_row(length, found))
-    return {"source": config.run or config.model, "step": step, "results": results}
+    return {"source": config.run or config.model, "step": loaded.step, "results": results}
 
 
 def evaluate_by_position(config: EvalConfig) -> tuple[list[by_position.Bin], int | None]:
@@ -70,8 +69,7 @@ def evaluate_by_position(config: EvalConfig) -> tuple[list[by_position.Bin], int
     Raises:
       ConfigError: nothing to score, or it does not fit.
     """
-    model, params, step, data = _open(config)
-    model = RePoLM(dataclasses.replace(model.config, dtype=config.dtype))
+    loaded, data = _open(config)
     trained_on = data.config.sequence_length
     lengths = config.context_lengths or (trained_on // 2, trained_on, trained_on * 2)
     # Of a token file the last windows are held out, which may begin within a document.
@@ -85,7 +83,7 @@ def evaluate_by_position(config: EvalConfig) -> tuple[list[by_position.Bin], int
     for length in lengths:
         try:
             bins += by_position.score_by_position(
-                *(model, params, documents),
+                *(loaded.model, loaded.params, documents),
                 context_length=length,
                 stride=config.stride,
                 batch_tokens=max(config.batch_tokens, length),
@@ -93,7 +91,7 @@ def evaluate_by_position(config: EvalConfig) -> tuple[list[by_position.Bin], int
             )
         except ValueError as error:
             raise ConfigError(f"--{error}") from None
-    return bins, step
+    return bins, loaded.step
 
 
 def _counted(items: Iterable[Any], update: Callable[[int], object]) -> Iterator[Any]:
@@ -113,34 +111,28 @@ def _row(length: int, result: Score) -> dict[str, Any]:
     }
 
 
-def _open(config: EvalConfig) -> tuple[RePoLM, Any, int | None, Data]:
+def _open(config: EvalConfig) -> tuple[Loaded, Data]:
+    own_text = bool(config.text or config.tokens)
+    if config.run is None and not own_text:
+        raise ConfigError("--model needs --text or --tokens: what to evaluate it on")
+    loaded = load(config, config.dtype)
+    model = loaded.model.config
     if config.run is not None:
-        from repo_jax.training.checkpoints import load_run_step
         from repo_jax.training.run_dir import read_config
 
-        started = read_config(Path(config.run))
-        model, params, step = load_run_step(config.run, config.step, config.rope_scaling)
-        if not config.text and not config.tokens:
-            return model, params, step, open_data(started.data, model.config)
-        section, folder = started.data, config.run
+        section = read_config(loaded.folder).data
+        if not own_text:
+            return loaded, open_data(section, model)
     else:
-        from repo_jax.interop import from_pretrained
-        from repo_jax.interop.hub import locate
-
-        if not config.text and not config.tokens:
-            raise ConfigError("--model needs --text or --tokens: what to evaluate it on")
-        folder, step = locate(config.model, config.revision), None
-        model, params = from_pretrained(folder, rope_scaling=config.rope_scaling)
-        section = DataConfig(sequence_length=model.config.max_length)
+        section = DataConfig(sequence_length=model.max_length)
     if config.tokens:
         section = dataclasses.replace(
             section, text=(), tokens=(), sources={}, validation_tokens=config.tokens
         )
-        return model, params, step, open_data(section, model.config)
+        return loaded, open_data(section, model)
     section = dataclasses.replace(section, text=config.text, tokens=(), sources={})
-    tokenizer = Tokenizer.load(config.tokenizer or folder)
-    data = open_text(section, tokenizer, model.config, max_tokens=config.max_tokens)
-    return model, params, step, data
+    tokenizer = Tokenizer.load(config.tokenizer or loaded.folder)
+    return loaded, open_text(section, tokenizer, model, max_tokens=config.max_tokens)
 
 
 def table(report: dict[str, Any]) -> str:

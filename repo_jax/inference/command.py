@@ -9,6 +9,7 @@ from repo_jax.config import RopeScaling
 from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.inference.generator import Generator
+from repo_jax.inference.loading import load
 from repo_jax.inference.sampling import Sampling
 
 
@@ -76,19 +77,6 @@ class GenerateConfig:
         return Sampling(**{name: getattr(self, name) for name in names})
 
 
-def load(config):
-    """Model, parameters and the folder to look for a tokenizer in, of --run or --model."""
-    if config.run is not None:
-        from repo_jax.training.checkpoints import load_run
-
-        return *load_run(config.run, config.step, config.rope_scaling), config.run
-    from repo_jax.interop import from_pretrained
-    from repo_jax.interop.hub import locate
-
-    folder = locate(config.model, config.revision)
-    return *from_pretrained(folder, rope_scaling=config.rope_scaling), folder
-
-
 def _prompts(config: GenerateConfig) -> Iterator[str]:
     if config.prompt is not None:
         yield config.prompt
@@ -134,9 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = _prompts(config)
     if config.prompt_file is not None:
         prompts = iter(list(prompts))  # a file that is not there is told of first
-    model, params, folder = load(config)
-    tokenizer = Tokenizer.load(config.tokenizer or folder)
-    generator = Generator(model, params)
+    loaded = load(config)
+    tokenizer = Tokenizer.load(config.tokenizer or loaded.folder)
+    generator = Generator(loaded.model, loaded.params)
     for prompt in prompts:
         try:
             _continue(generator, tokenizer, prompt, config)

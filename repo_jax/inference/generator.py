@@ -20,7 +20,7 @@ from repo_jax.modeling.cache import Cache, empty_cache, extend, head, split_laye
 
 # A cache has 2 ** n slots and no fewer than these, and a batch 2 ** n rows, so that few programs
 # are compiled.
-_LEAST_SLOTS = 512
+LEAST_SLOTS = 512
 # Tokens of a prompt that are read together. More are faster where there is much arithmetic, but
 # the shortest prompt is padded to so many.
 _CHUNK = {"cpu": 128}
@@ -193,7 +193,7 @@ class Generator:
         self._least_rows = _LEAST_ROWS.get(device, 1)
         self._chunk = chunk or _CHUNK.get(device, _CHUNK_ELSEWHERE)
         if self._chunk not in [2**n for n in range(10)]:
-            raise ValueError(f"chunk is {chunk}; it must be a power of 2 up to {_LEAST_SLOTS}")
+            raise ValueError(f"chunk is {chunk}; it must be a power of 2 up to {LEAST_SLOTS}")
         # A policy says what a backward pass keeps, and there is none.
         self.config = dataclasses.replace(model.config, remat="none")
         self._mesh = mesh
@@ -278,7 +278,7 @@ class Generator:
         """Prompts as `_prefill` wants them: tokens [B, S], lengths [B] and the number of chunks."""
         n_chunks = -(-max(map(len, prompts)) // self._chunk)
         used = n_chunks * self._chunk
-        slots = max(_LEAST_SLOTS, _power_of_2(used + max_new_tokens - 1))
+        slots = max(LEAST_SLOTS, _power_of_2(used + max_new_tokens - 1))
         batch = max(self._least_rows, _power_of_2(len(prompts)))
         if self._mesh is not None:  # rows are split evenly
             split = self._mesh.shape["data"] * self._mesh.shape["fsdp"]

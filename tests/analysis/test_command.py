@@ -16,6 +16,7 @@ from repo_jax.analysis.page import build
 from repo_jax.analysis.records import CorrelationRow, MassRow, PatternRow, RangeRow
 from repo_jax.config import DecoderConfig, PositionConfig, RopeScaling
 from repo_jax.data import byte_tokenizer, train_bpe
+from repo_jax.inference.loading import Loaded
 from repo_jax.modeling import RePoLM, init_params
 from tests.tiny_runs import ROOT, make_run, parse, write_config
 
@@ -114,7 +115,7 @@ def test_names_steps_tokenizers_and_yarn_are_those_of_each(folder, monkeypatch, 
 
     def load(source):
         asked.append((source.run, source.model, source.step, source.rope_scaling))
-        return None, None, None
+        return Loaded(model=None, params=None, folder=None)
 
     def analyse(*_, name, **options):
         told.append((name, options))

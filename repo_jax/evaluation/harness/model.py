@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,13 +19,11 @@ from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation.harness.cache import RequestCache
 from repo_jax.evaluation.perplexity import log_probabilities
-from repo_jax.inference.generator import Generator
+from repo_jax.inference.generator import LEAST_SLOTS, Generator
+from repo_jax.inference.loading import folder_of, load
 from repo_jax.inference.sampling import Sampling
 from repo_jax.modeling import RePoLM
 from repo_jax.progress import progress
-
-# What generation keeps of each row at least, however short.
-_LEAST_SLOTS = 512
 
 _MODEL_ARGS = (
     *("run", "pretrained", "step", "revision", "tokenizer", "dtype", "batch_tokens"),
@@ -37,41 +34,14 @@ _NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A model, and where it came from."""
+class _Arguments:
+    """What model_args name."""
 
-    model: RePoLM
-    params: Any
-    step: int | None
-
-
-def tokenizer_folder(run: str | None, model: str | None, revision: str | None = None) -> Path:
-    """Where the tokenizer of a run or a model is."""
-    from repo_jax.interop.hub import locate
-
-    return Path(run) if run is not None else locate(model, revision)
-
-
-def load(
-    run: str | None,
-    model: str | None,
-    *,
-    step: str = "latest",
-    revision: str | None = None,
-    dtype: str = "float32",
-    rope_scaling: RopeScaling | None = None,
-) -> Loaded:
-    """Reads a run or a model, for activations in `dtype`, with YaRN if it is given."""
-    if run is not None:
-        from repo_jax.training.checkpoints import load_run_step
-
-        lm, params, found = load_run_step(run, step, rope_scaling)
-    else:
-        from repo_jax.interop import from_pretrained
-
-        folder = tokenizer_folder(run, model, revision)
-        (lm, params), found = from_pretrained(folder, rope_scaling=rope_scaling), None
-    return Loaded(RePoLM(dataclasses.replace(lm.config, dtype=dtype)), params, found)
+    run: str | None
+    model: str | None
+    step: str
+    revision: str | None
+    rope_scaling: RopeScaling | None
 
 
 @register_model("repo_jax")
@@ -135,21 +105,15 @@ class RepoJaxLM(TemplateLM):
                 known = ", ".join(_MODEL_ARGS)
                 raise ConfigError(f"model_args has {name}; the model repo_jax takes {known}")
         given = {name: arg_dict.get(name) for name in _MODEL_ARGS}
-        run, model = given["run"], given["pretrained"]
-        if (run is None) == (model is None):
+        if (given["run"] is None) == (given["pretrained"] is None):
             raise ConfigError("model_args needs one of run=DIR and pretrained=DIR_OR_HUB_ID")
-        folder = given["tokenizer"] or tokenizer_folder(run, model, given["revision"])
-        tokenizer = Tokenizer.load(folder)
         factor, scaling = given["rope_factor"], None
         if factor is not None:
             scaling = RopeScaling(float(factor), given["rope_original_length"])
-        loaded = load(
-            *(run, model),
-            step=str(given["step"] or "latest"),
-            revision=given["revision"],
-            dtype=given["dtype"] or "float32",
-            rope_scaling=scaling,
-        )
+        step, revision = str(given["step"] or "latest"), given["revision"]
+        named = _Arguments(given["run"], given["pretrained"], step, revision, scaling)
+        tokenizer = Tokenizer.load(given["tokenizer"] or folder_of(named))
+        loaded = load(named, given["dtype"] or "float32")
         return cls(
             *(loaded.model, loaded.params, tokenizer),
             batch_tokens=given["batch_tokens"] or 16_384,
@@ -277,7 +241,7 @@ class RepoJaxLM(TemplateLM):
         except ValueError as error:
             raise ConfigError(f"generation_kwargs: {error}") from None
         lengths = {i: len(prompt) + new for i, prompt in prompts.items()}
-        for rows, _, _ in _batches(lengths, self._batch_tokens, 1, _LEAST_SLOTS):
+        for rows, _, _ in _batches(lengths, self._batch_tokens, 1, LEAST_SLOTS):
             completions = self._generator.complete(
                 [prompts[i] for i in rows],
                 max_new_tokens=new,

@@ -23,7 +23,7 @@ from repo_jax.errors import ConfigError, MissingPackageError
 from repo_jax.evaluation.harness.baselines import baseline
 from repo_jax.evaluation.harness.cache import RequestCache
 from repo_jax.evaluation.harness.local_data import data_sets_in
-from repo_jax.evaluation.harness.model import RepoJaxLM, load, tokenizer_folder
+from repo_jax.evaluation.harness.model import RepoJaxLM
 from repo_jax.evaluation.harness.statistics import mean_interval, statistic_interval
 from repo_jax.evaluation.harness.suites import (
     RULER_TASKS,
@@ -33,6 +33,7 @@ from repo_jax.evaluation.harness.suites import (
     SuiteTask,
     alone,
 )
+from repo_jax.inference.loading import folder_of, load
 
 _PUBLISHED = "published_match"
 
@@ -64,17 +65,11 @@ def evaluate_tasks(config: EvalConfig) -> dict[str, Any]:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     out = _output(config)
     groups = _groups(config)
-    folder = tokenizer_folder(config.run, config.model, config.revision)
+    folder = folder_of(config)
     tokenizer = Tokenizer.load(config.tokenizer or folder)
     entries = _entries(config, groups, config.tokenizer or folder)
     found = _found(out, entries)
-    loaded = load(
-        *(config.run, config.model),
-        step=config.step,
-        revision=config.revision,
-        dtype=config.dtype,
-        rope_scaling=config.rope_scaling,
-    )
+    loaded = load(config, config.dtype)
     with cli.writing("--output"):
         out.mkdir(parents=True, exist_ok=True)
     lm = RepoJaxLM(
