@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from repo_jax import cli, plots
-from repo_jax.config import EvalConfig
 from repo_jax.data import Tokenizer
 from repo_jax.evaluation.command import evaluate, table
+from repo_jax.evaluation.config import EvalConfig
 from repo_jax.inference import generate
 from repo_jax.training import command as training
 from repo_jax.training.checkpoints import load_run

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from repo_jax import cli, tokenize
-from repo_jax.config import EvalConfig
 from repo_jax.data import train_bpe
 from repo_jax.evaluation import command as evaluation
+from repo_jax.evaluation.config import EvalConfig
 from repo_jax.training import command as training
 from tests.golden_sets import ROOT as GOLDEN
 from tests.tiny_runs import ROOT, write_config

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from repo_jax import cli, plots
-from repo_jax.config import DataConfig, EvalConfig
+from repo_jax.config import DataConfig
 from repo_jax.data import Data, Tokenizer, ValidationBatches, open_data, open_text, trim_tokens
 from repo_jax.errors import ConfigError, MissingPackageError
 from repo_jax.evaluation import by_position
+from repo_jax.evaluation.config import EvalConfig
 from repo_jax.evaluation.perplexity import Score, score
 from repo_jax.inference.loading import Loaded, load
 from repo_jax.progress import progress

@@ -26,8 +26,8 @@ LEAST_SLOTS = 512
 _CHUNK = {"cpu": 128}
 _CHUNK_ELSEWHERE = 512
 # Fewest rows of a batch. One row's products are of a vector and a matrix, of which XLA for GPUs
-# writes the smaller out term by term before it adds them up: compiled for an H200, one row of
-# OLMo-2 1B moves a third more bytes a step than two.
+# writes the smaller out term by term before it adds them up, as its program for an H200 shows;
+# not timed on one.
 _LEAST_ROWS = {"gpu": 2}
 # Most tokens drawn before the host looks; fewer where it has strings to look for.
 _WINDOW = 64

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from repo_jax import cli, load_run, save_pretrained
-from repo_jax.config import DecoderConfig, EvalConfig, RopeScaling
+from repo_jax.config import DecoderConfig, RopeScaling
 from repo_jax.data import ValidationBatches, byte_tokenizer, open_data, segment_ids
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation import command
 from repo_jax.evaluation.command import evaluate
+from repo_jax.evaluation.config import EvalConfig
 from repo_jax.evaluation.perplexity import Score, score
 from repo_jax.modeling import RePoLM
 from tests.tiny_runs import make_run, parse, write_config
@@ -138,6 +139,7 @@ def test_token_files_have_no_bits_per_byte(run, capsys):
             ["--run", "{run}", "--published_scoring", "true"],
             r"error: --published_scoring needs --tasks",
         ),
+        (["--run", "{run}", "--num_fewshot", "0"], r"error: --num_fewshot needs --tasks"),
         (["--run", "{run}", "--step", "7"], r"error: step '7': .* has the checkpoints 0; latest.*"),
         (
             ["--run", "{run}", "--step", "best"],

@@ -98,6 +98,19 @@ def test_chunks_batches_and_looks_change_nothing(lengths, chunk, every):
     assert now == expected
 
 
+def test_rows_that_fill_up_a_batch_change_nothing(monkeypatch):
+    """As for one prompt on a GPU."""
+    model, params = make("repo")
+    prompts, options = prompts_of([7]), dict(max_new_tokens=9, eos_ids=())
+    expected = Generator(model, params).complete(prompts, **options)
+    monkeypatch.setattr(generator_module, "_LEAST_ROWS", {"cpu": 2})
+    generator = Generator(model, params)
+    assert generator._lay_out(prompts, 9)[0].shape[0] == 2
+    (found,) = generator.complete(prompts, **options)
+    assert found.ids == expected[0].ids
+    np.testing.assert_allclose(found.log_probs, expected[0].log_probs, rtol=1e-4, atol=1e-4)
+
+
 def test_a_sample_is_the_same_alone_and_among_eight():
     model, params = make("repo")
     prompts = prompts_of([5, 1, 30, 12, 12, 7, 2, 19])

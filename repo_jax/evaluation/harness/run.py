@@ -17,9 +17,10 @@ from lm_eval.evaluator import evaluate as run_tasks
 from lm_eval.tasks import TaskManager
 
 from repo_jax import cli
-from repo_jax.config import EvalConfig, to_dict
+from repo_jax.config import to_dict
 from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError, MissingPackageError
+from repo_jax.evaluation.config import EvalConfig
 from repo_jax.evaluation.harness.baselines import baseline
 from repo_jax.evaluation.harness.cache import RequestCache
 from repo_jax.evaluation.harness.local_data import data_sets_in

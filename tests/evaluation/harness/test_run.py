@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import pkgutil
 import re
 import shutil
 import signal
@@ -12,83 +11,17 @@ import sqlite3
 import subprocess
 import sys
 import time
-import tomllib
 
 import pytest
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from repo_jax import RopeScaling, cli, save_pretrained
+from repo_jax import RopeScaling, cli
 from repo_jax.evaluation import command
-from repo_jax.evaluation.harness import __main__ as lm_eval_command
 from repo_jax.evaluation.harness import model as harness
 from repo_jax.evaluation.harness.suites import SUITES, TASKS_DIR, Group, SuiteTask, alone
-from tests.tiny_runs import ROOT, make_run, parse, write_config
-
-CHOICE = """
-task: letters
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{folder}/letters.json"}}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{q}}}}"
-doc_to_target: gold
-doc_to_choice: ["a", "b", "c"]
-metric_list: [{{metric: acc}}]
-"""
-ANSWER = """
-task: answers
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{folder}/letters.json"}}}}
-output_type: generate_until
-test_split: test
-doc_to_text: "{{{{q}}}}"
-doc_to_target: "a"
-generation_kwargs: {{until: ["\\n"], max_gen_toks: 24, do_sample: false}}
-metric_list: [{{metric: exact_match}}]
-"""
-ROLLING = """
-task: texts
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{folder}/letters.json"}}}}
-output_type: loglikelihood_rolling
-test_split: test
-doc_to_text: ""
-doc_to_target: "{{{{q}}}}"
-metric_list: [{{metric: bits_per_byte}}]
-"""
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run, the same exported, and local data: nothing here needs a network."""
-    folder = tmp_path_factory.mktemp("tasks")
-    config = parse(write_config(folder))
-    model, params = make_run(folder / "run", config)
-    save_pretrained(folder / "model", model, params, tokenizer_dir=folder / "run")
-    data = folder / "data"
-    (data / "nlgraph").mkdir(parents=True)
-    for graph, (yes, no) in {
-        "connectivity": ("The answer is yes.", "The answer is no."),
-        "cycle": ("Yes, there is a cycle in this graph.", "No, there is no cycle in this graph."),
-    }.items():
-        rows = {
-            str(i): {
-                "question": f"Q: {i}?\nA:",
-                "answer": no if i % 4 == 0 else yes,
-                "difficulty": "easy",
-            }
-            for i in range(8)
-        }
-        (data / "nlgraph" / f"{graph}.json").write_text(json.dumps(rows))
-    own = folder / "own"
-    own.mkdir()
-    rows = [{"q": f"{i} is a letter of", "gold": (0, 1, 1, 2, 1)[i % 5]} for i in range(10)]
-    (own / "letters.json").write_text("\n".join(map(json.dumps, rows)))
-    (own / "letters.yaml").write_text(CHOICE.format(folder=own))
-    (own / "texts.yaml").write_text(ROLLING.format(folder=own))
-    (own / "answers.yaml").write_text(ANSWER.format(folder=own))
-    return folder
+from tests.evaluation.harness.task_files import CHOICE, ROLLING
+from tests.tiny_runs import ROOT
 
 
 def options(folder, tasks, output, *more, source="run"):
@@ -526,73 +459,6 @@ def test_lm_eval_is_imported_when_it_is_used_only():
 def test_a_model_needs_somewhere_to_write(run, capsys):
     given = ["--model", str(run / "model"), "--tasks", "letters", "--tasks_dir", str(run / "own")]
     assert "--model with --tasks needs --output" in mistake(capsys, given)
-
-
-@pytest.fixture
-def lm_eval_with(monkeypatch):
-    """lm-eval's own program on arguments. It looks through our task files only, which is quick."""
-
-    class OursOnly(TaskManager):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, include_defaults=False, **kwargs)
-
-    def start(*arguments):
-        monkeypatch.setattr("lm_eval.tasks.TaskManager", OursOnly)
-        monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
-        lm_eval_command.main()
-
-    return start
-
-
-def test_the_lm_eval_command(run, tmp_path, capsys, lm_eval_with):
-    """lm-eval's own program finds the model, and our tasks without being told where they are."""
-    lm_eval_with(
-        *("--model", "repo_jax", "--tasks", "nlgraph_connectivity"),
-        *("--model_args", f"run={run / 'run'},max_length=1024", "--limit", "2"),
-        *("--metadata", json.dumps({"data_dir": str(run / "data")})),
-        *("--output_path", str(tmp_path / "out")),
-    )
-    (path,) = (tmp_path / "out").rglob("results*.json")
-    assert "exact_match,none" in json.loads(path.read_text())["results"]["nlgraph_connectivity"]
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "--model repo_jax --tasks nlgraph_cycle",
-        "--model=repo_jax --tasks=nlgraph_cycle",
-        "run --model repo_jax -t nlgraph_cycle",
-        "run --config {folder}/ours.yaml",
-        "--tasks nlgraph_cycle letters --include_path {own}",
-        "--tasks=nlgraph_cycle,letters --include_path={own}",
-        "run --config {folder}/both.yaml",
-    ],
-)
-def test_the_lm_eval_command_finds_our_tasks_however_asked(
-    run, tmp_path, monkeypatch, lm_eval_with, arguments
-):
-    """And those of --include_path beside them."""
-    asked = "model: repo_jax\ntasks: [nlgraph_cycle"
-    (tmp_path / "ours.yaml").write_text(f"{asked}]")
-    (tmp_path / "both.yaml").write_text(f"{asked}, letters]\ninclude_path: {run / 'own'}")
-    found = {}
-    monkeypatch.setattr("lm_eval.simple_evaluate", lambda **given: found.update(given))
-    lm_eval_with(*arguments.format(folder=tmp_path, own=run / "own").split())
-    both = "own" in arguments or "both" in arguments
-    assert found["tasks"] == ["nlgraph_cycle"] + ["letters"] * both
-    assert {*found["tasks"]} <= {*found["task_manager"].all_tasks}
-
-
-def test_the_other_subcommands_of_lm_eval_know_our_tasks(run, capsys, lm_eval_with):
-    lm_eval_with("ls", "tasks")
-    assert "nlgraph_cycle" in capsys.readouterr().out
-    lm_eval_with("validate", "--tasks", "needle_single,letters", "--include_path", str(run / "own"))
-    assert "All tasks found and valid" in capsys.readouterr().out
-
-
-def test_the_lm_eval_command_has_a_script():
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert pkgutil.resolve_name(scripts["repo-lm-eval"]) is lm_eval_command.run
 
 
 def test_a_suite_changes_the_model_and_gives_a_mean(run, tmp_path, capsys, monkeypatch):

@@ -11,9 +11,9 @@ from typing import Any, get_args
 import datasets
 import wonderwords
 
-from repo_jax.config import Haystack
 from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
+from repo_jax.evaluation.config import Haystack
 from repo_jax.evaluation.harness.tasks.ruler import NOISE, fill, hide, open_tokenizer
 
 _NEEDLE = "One of the special magic numbers for {key} is: {value}."
