@@ -23,11 +23,10 @@ import statistics
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from benchmarks import harness
 from repo_jax.config import DecoderConfig, OptimizerConfig, PositionConfig, TrainingConfig
-from repo_jax.modeling import RePoLM
+from repo_jax.modeling import RePoLM, init_params
 from repo_jax.training.step import create_state, make_train_step
 
 OPTIMIZER = OptimizerConfig()
@@ -72,8 +71,7 @@ def model_config(args, preset: str) -> DecoderConfig:
 def ours(args, preset: str, tokens: np.ndarray) -> tuple[harness.Contender, int]:
     """The contender, and its number of parameters."""
     model = RePoLM(model_config(args, preset))
-    init = jax.jit(lambda key: nn.unbox(model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]))
-    params = init(jax.random.key(args.seed))
+    params = init_params(model, jax.random.key(args.seed))
     count = sum(p.size for p in jax.tree.leaves(params))
     optimizer, step = make_train_step(model, OPTIMIZER, TRAINING, params)
     step = jax.jit(step, donate_argnums=0)

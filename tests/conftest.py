@@ -11,6 +11,7 @@ os.environ.setdefault("NPROC", "32")
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -18,3 +19,17 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Compiling dominates the first example, so a deadline would only measure that.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25)
 hypothesis.settings.load_profile("default")
+
+# Most programs here run once or a few times, so that compiling them is what takes time.
+_UNOPTIMIZED = "jax_disable_most_optimizations"
+jax.config.update(_UNOPTIMIZED, True)
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """As users' programs are compiled, from here to the end of the module."""
+    jax.clear_caches()
+    jax.config.update(_UNOPTIMIZED, False)
+    yield
+    jax.clear_caches()
+    jax.config.update(_UNOPTIMIZED, True)

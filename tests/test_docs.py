@@ -8,7 +8,6 @@ import tomllib
 from pathlib import Path
 from urllib.parse import unquote
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -53,15 +52,7 @@ def blocks(page: Path, language: str):
 
 
 @pytest.fixture(scope="module")
-def fast_compilation():
-    """Examples run once, so that compiling them is what takes time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def quickstart(fast_compilation, tmp_path_factory):
+def quickstart(tmp_path_factory):
     """A run as the quickstart leaves it, but small and untrained."""
     folder = tmp_path_factory.mktemp("quickstart")
     for i in range(9):

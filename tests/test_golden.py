@@ -11,7 +11,7 @@ from repo_jax.interop.names import table
 from repo_jax.training.step import batch_loss, count_targets, create_state, make_train_step
 from tests.golden_sets import ROOT, SETS, grad_norms, reference
 
-pytestmark = pytest.mark.parametrize("name", SETS)
+pytestmark = [pytest.mark.parametrize("name", SETS), pytest.mark.usefixtures("optimized")]
 
 
 def test_logits(name):

@@ -5,7 +5,6 @@ import shlex
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 from repo_jax import cli, quickstart
@@ -21,14 +20,6 @@ COMMANDS = {
     "repo-eval": evaluation.main,
     "repo-generate": inference.main,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fast_compilation():
-    """Programs here run a few steps each, so that compiling them is what takes time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

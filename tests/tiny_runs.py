@@ -7,16 +7,14 @@ import sys
 import time
 from pathlib import Path
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import yaml
 
 from repo_jax import cli
 from repo_jax.config import TrainConfig
 from repo_jax.data import open_data
-from repo_jax.modeling import RePoLM, abstract_params
+from repo_jax.modeling import RePoLM, abstract_params, init_params
 from repo_jax.training import command
 from repo_jax.training import run_dir as run_directory
 from repo_jax.training.checkpoints import Checkpoints
@@ -67,8 +65,7 @@ def make_run(run_dir: Path, config: TrainConfig, seed: int = 0):
     data = open_data(config.data, config.model)
     run_directory.keep_tokenizer(run_dir, data.tokenizer)
     model = RePoLM(config.model)
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    params = nn.unbox(jax.jit(model.init)(jax.random.key(seed), tokens)["params"])
+    params = init_params(model, jax.random.key(seed))
     optimizer, _ = make_train_step(model, config.optimizer, config.training, params)
     with Checkpoints(run_dir, keep_last=1) as checkpoints:
         checkpoints.save(create_state(params, optimizer, seed), {}, None)

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from repo_jax.evaluation import command
 from repo_jax.evaluation.command import evaluate
 from repo_jax.evaluation.config import EvalConfig
 from repo_jax.evaluation.perplexity import Score, score
-from repo_jax.modeling import RePoLM
+from repo_jax.modeling import RePoLM, init_params
 from tests.tiny_runs import make_run, parse, write_config
 
 
@@ -45,7 +44,7 @@ def test_score_is_the_definition(mask):
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 257, 16 * 7 + 5).astype(np.uint16)
     tokens[rng.random(tokens.size) < 0.1] = 256
-    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), np.zeros((1, 2), np.int32))["params"])
+    params = init_params(model, jax.random.key(0))
     batches = ValidationBatches(
         [tokens], sequence_length=16, batch_size=3, document_mask=mask, eos_id=256
     )

@@ -28,12 +28,9 @@ ONE = ["--suite", "tiny", "--tasks", "reversal", "--methods", "rope,repo", "--se
 
 
 @pytest.fixture(autouse=True)
-def fast_compilation(monkeypatch):
-    """Models train for eight steps, here or in workers, so that compiling is what takes time."""
+def workers_compile_fast(monkeypatch):
+    """As this process does: models train for eight steps."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def start(out, *options):
@@ -125,20 +122,6 @@ def test_seeds_together_leave_a_record_and_a_model_each(tmp_path):
             share = right[examples.answers].mean()
             assert row["tokens"] == pytest.approx(share, abs=1e-9)
     assert len({str(cells.cell_path(tmp_path, c).read_text()) for c in suite.cells()}) == 2
-
-
-def test_chunks_of_steps_give_the_same_bits_again(tmp_path, monkeypatch):
-    """With the optimisations that real runs have."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    changes = ["experiments.*.model.n_layers=1", "experiments.*.reversal.test_lengths=[2]"]
-    suite = load("tiny", experiments=["reversal"], methods=["repo_all"], seeds=[0], changes=changes)
-    heard = []
-    monkeypatch.setattr(cells, "_CHUNK", 4)
-    for folder in ("one", "other"):
-        cells.run(suite.cells(), tmp_path / folder, lambda step, loss: heard.append(step))
-    assert heard == 2 * [4, 8, 8]
-    one, other = (numbers(tmp_path / f, "reversal-repo_all-0") for f in ("one", "other"))
-    assert one == other
 
 
 @pytest.mark.parametrize(("over", "chunk"), [("examples", 2), ("answers", 50)])
@@ -427,3 +410,15 @@ def test_models_are_saved_in_a_format_that_keeps_their_positions(tmp_path):
     assert config_json.write(config, "float32", "repo_jax")["repo_jax"]["positions"]["heads"] == (
         "shared"
     )
+
+
+def test_chunks_of_steps_give_the_same_bits_again(tmp_path, monkeypatch, optimized):
+    changes = ["experiments.*.model.n_layers=1", "experiments.*.reversal.test_lengths=[2]"]
+    suite = load("tiny", experiments=["reversal"], methods=["repo_all"], seeds=[0], changes=changes)
+    heard = []
+    monkeypatch.setattr(cells, "_CHUNK", 4)
+    for folder in ("one", "other"):
+        cells.run(suite.cells(), tmp_path / folder, lambda step, loss: heard.append(step))
+    assert heard == 2 * [4, 8, 8]
+    one, other = (numbers(tmp_path / f, "reversal-repo_all-0") for f in ("one", "other"))
+    assert one == other

@@ -16,15 +16,6 @@ from repo_jax.inference import Completion, Generator, Sampling
 from repo_jax.inference import generator as generator_module
 from repo_jax.modeling import RePoLM, init_params
 
-
-@pytest.fixture(autouse=True, scope="module")
-def fast_compilation():
-    """Programs here run a few steps each, so that compiling them is what takes time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 VOCAB = 64
 SHAPE = dict(vocab_size=VOCAB, d_model=32, n_layers=3, n_heads=4, d_ff=48, init_std=0.25)
 KINDS = {

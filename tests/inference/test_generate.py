@@ -2,7 +2,6 @@
 
 import importlib
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import repo_jax
 from repo_jax import cli
 from repo_jax.config import DecoderConfig
 from repo_jax.inference import Generator, command
-from repo_jax.modeling import RePoLM
+from repo_jax.modeling import RePoLM, init_params
 from tests.golden_sets import ROOT, SETS, reference
 from tests.tiny_runs import make_run, parse, write_config
 
@@ -25,9 +24,8 @@ def made():
         vocab_size=VOCAB, d_model=16, n_layers=1, n_heads=2, d_ff=24, init_std=0.4, eos_ids=(9,)
     )
     model = RePoLM(config)
-    tokens = np.zeros((1, 2), np.int32)
     # A key whose greedy continuations differ and do not soon repeat themselves.
-    return model, nn.unbox(jax.jit(model.init)(jax.random.key(11), tokens)["params"])
+    return model, init_params(model, jax.random.key(11))
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -14,6 +14,8 @@ from pallas_kernels import dispatch, rotary_attention
 from pallas_kernels.attention import masks, xla
 from tests.kernels import attention_cases
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 H = 8
 INV_FREQ = (10_000.0 ** (-np.arange(0, H, 2) / H)).astype(np.float32)
 

@@ -15,6 +15,8 @@ from pallas_kernels.rotation.sincos import sincos
 from tests.kernels import rotation_cases
 from tests.kernels.rotation_cases import Case
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 INV_FREQ = (10_000.0 ** (-np.arange(0, 8, 2) / 8)).astype(np.float32)
 
 

@@ -38,8 +38,7 @@ def config(preset="repo", **changes):
 @functools.cache
 def made(config):
     model = RePoLM(config)
-    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
-    return model, nn.unbox(params)
+    return model, init_params(model, jax.random.key(1))
 
 
 TOKENS = jax.random.randint(jax.random.key(0), (2, 24), 0, 64)
@@ -68,10 +67,14 @@ def sensitivity(model, params, **kwargs):
 
     # One cotangent at a time: vmapped (jax.jacrev), XLA's CPU compiler in jaxlib 0.10.2 gets
     # these gradients wrong unless XLA_FLAGS has --xla_cpu_experimental_ynn_fusion_type= .
-    out, vjp = jax.vjp(run, params["embedding"]["embedding"])
-    units = jnp.eye(out.size).reshape(-1, *out.shape)
-    rows = jax.lax.map(lambda unit: jnp.abs(vjp(unit)[0]).sum(-1), units)  # [T * D, V]
-    return np.asarray(rows).reshape(*out.shape, -1).sum(1)[:, :16]
+    @jax.jit
+    def moved(embedding):
+        out, vjp = jax.vjp(run, embedding)
+        units = jnp.eye(out.size).reshape(-1, *out.shape)
+        rows = jax.lax.map(lambda unit: jnp.abs(vjp(unit)[0]).sum(-1), units)  # [T * D, V]
+        return rows.reshape(*out.shape, -1).sum(1)[:, :16]
+
+    return np.asarray(moved(params["embedding"]["embedding"]))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -22,6 +22,8 @@ from repo_jax.modeling import RePoLM, abstract_params
 from repo_jax.planning import cost, hlo, plan
 from repo_jax.training.step import create_state, make_train_step
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def compiled_text(f, *args) -> str:
     return jax.jit(f).lower(*args).compile().as_text()

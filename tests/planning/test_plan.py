@@ -21,6 +21,8 @@ from repo_jax.planning.plan import Memory, Plan
 from tests.kernels.tpu_compile import needs_libtpu
 from tests.tiny_runs import ROOT
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 GIB = 2**30
 SMALL = (
     *("--model.vocab_size", "512", "--model.d_model", "256", "--model.n_layers", "3"),

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from repo_jax.training.loss import cross_entropy, next_token_targets
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def inputs(B, T, V, D=6, seed=0):
     rng = np.random.default_rng(seed)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from repo_jax.evaluation.harness import model as harness
 from repo_jax.evaluation.harness.cache import RequestCache
 from repo_jax.evaluation.harness.model import RepoJaxLM
 from repo_jax.evaluation.perplexity import score
-from repo_jax.modeling import RePoLM
+from repo_jax.modeling import RePoLM, init_params
 
 EOS = 256
 WIDTH = 64
@@ -31,7 +30,7 @@ def parts():
         vocab_size=272, d_model=32, n_layers=2, n_heads=2, d_ff=48, max_length=48, eos_ids=(EOS,)
     )
     model = RePoLM(dataclasses.replace(config, init_std=0.3))
-    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), np.zeros((1, 2), np.int32))["params"])
+    params = init_params(model, jax.random.key(0))
     return model, params, byte_tokenizer()
 
 
