@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from repo_jax.config import MeshConfig, TrainConfig
+from repo_jax.config import DecoderConfig, MeshConfig, TrainConfig
 from repo_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -98,36 +98,39 @@ def _over_slices(sizes, slices: int, devices) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh) -> Iterator[None]:
-    """Inside, what is traced is placed on `mesh` by `RULES`."""
+def use(mesh: Mesh | None) -> Iterator[None]:
+    """Inside, what is traced is placed on `mesh` by `RULES`; None changes nothing."""
+    if mesh is None:
+        yield
+        return
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules_for(mesh)):
         yield
 
 
 def check(config: TrainConfig, mesh: Mesh) -> None:
     """Raises ConfigError for whatever of model and batch the mesh does not divide."""
-    model, data, shape = config.model, config.data, mesh.shape
+    data, shape = config.data, mesh.shape
+    micro = data.batch_size // config.training.accumulation
     rows = shape["data"] * shape["fsdp"]
-    width = shape["fsdp"] * shape["context"]
-    must_divide = [
-        ("data.batch_size / training.accumulation", "mesh.data x mesh.fsdp", rows),
-        ("data.sequence_length", "2 x mesh.context", 2 * shape["context"]),
-        ("model.d_model", "mesh.fsdp x mesh.context", width),
-        *(
-            (f"model.{name}", "mesh.tensor", shape["tensor"])
-            for name in ("n_heads", "n_kv_heads", "d_ff", "vocab_size")
-        ),
-    ]
-    sizes = {
-        "data.batch_size / training.accumulation": data.batch_size // config.training.accumulation,
-        "data.sequence_length": data.sequence_length,
-    }
-    for name, axes, parts in must_divide:
-        size = sizes[name] if name in sizes else getattr(model, name.split(".")[1])
-        if axes == "2 x mesh.context" and parts == 2:
-            continue  # not split
-        if size % parts:
-            raise ConfigError(f"{axes} is {parts}; it must divide {name} ({size})")
+    _must_divide("mesh.data x mesh.fsdp", rows, "data.batch_size / training.accumulation", micro)
+    if shape["context"] > 1:
+        length = data.sequence_length
+        _must_divide("2 x mesh.context", 2 * shape["context"], "data.sequence_length", length)
+    check_model(config.model, mesh)
+
+
+def check_model(model: DecoderConfig, mesh: Mesh) -> None:
+    """Raises ConfigError for whatever of the parameters the mesh, of any axes, does not divide."""
+    size = lambda axis: mesh.shape.get(axis, 1)
+    width = size("fsdp") * size("context")
+    _must_divide("mesh.fsdp x mesh.context", width, "model.d_model", model.d_model)
+    for name in ("n_heads", "n_kv_heads", "d_ff", "vocab_size"):
+        _must_divide("mesh.tensor", size("tensor"), f"model.{name}", getattr(model, name))
+
+
+def _must_divide(axes: str, count: int, name: str, size: int) -> None:
+    if size % count:
+        raise ConfigError(f"{axes} is {count}; it must divide {name} ({size})")
 
 
 def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
@@ -184,6 +187,14 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Which rows of a batch the devices of this process need: int [rows], ascending."""
     parts = batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in parts]))
+
+
+def even_rows(rows: int) -> int:
+    """A multiple of the parts that the mesh in context splits a batch into: at most `rows`, but
+    one row for each part at least. Without a mesh `rows`, or 1.
+    """
+    n = parts(split_axes("batch"))
+    return max(1, rows // n) * n
 
 
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:

@@ -311,6 +311,12 @@ def test_place_batch_wants_the_rows_of_this_process_only():
     np.testing.assert_array_equal(placed, np.arange(16).reshape(8, 2))
 
 
+def test_rows_are_rounded_to_what_devices_share_evenly():
+    assert [sharding.even_rows(rows) for rows in (0, 1, 13)] == [1, 1, 13]
+    with sharding.use(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        assert [sharding.even_rows(rows) for rows in (0, 1, 13)] == [4, 4, 12]
+
+
 @pytest.mark.parametrize(
     ("mesh", "shape"),
     [

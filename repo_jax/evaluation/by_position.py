@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from repo_jax import plots
+from repo_jax import plots, sharding
 from repo_jax.evaluation.perplexity import log_probabilities
 from repo_jax.modeling import RePoLM
 from repo_jax.progress import progress
@@ -98,7 +98,8 @@ def score_by_position(
     """Loss as a function of the true distance into the document, across windows.
 
     Args:
-      model, params: as `from_pretrained` or `load_run` returns them.
+      model, params: as `from_pretrained` or `load_run` returns them; on a mesh, inside
+        `sharding.use`.
       documents: int [tokens] each, as `split_documents` gives them.
       context_length: tokens that the model sees at most.
       stride: tokens between the starts of two windows of a document; smaller ones give each
@@ -164,7 +165,7 @@ def _losses(model, params, documents, context_length, stride, batch_tokens):
         by_width.setdefault(width_of(window[1], window[3]), []).append(window)
     with progress(f"context {context_length}", len(cut), "windows") as update:
         for width, members in sorted(by_width.items(), reverse=True):
-            rows = max(1, batch_tokens // width)
+            rows = sharding.even_rows(batch_tokens // width)
             for begin in range(0, len(members), rows):
                 batch = members[begin : begin + rows]
                 tokens, targets = np.zeros((2, rows, width), np.int32)

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from repo_jax import cli, plots
+from repo_jax import cli, plots, sharding
 from repo_jax.config import DataConfig
 from repo_jax.data import Data, Tokenizer, ValidationBatches, open_data, open_text, trim_tokens
 from repo_jax.errors import ConfigError, MissingPackageError
 from repo_jax.evaluation import by_position
 from repo_jax.evaluation.config import EvalConfig
 from repo_jax.evaluation.perplexity import Score, score
-from repo_jax.inference.loading import Loaded, load
+from repo_jax.inference.loading import Loaded, load, open_mesh
 from repo_jax.progress import progress
 
 
@@ -46,18 +46,20 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             f"--context_lengths, {max(lengths)}"
         )
     results = []
-    for length in lengths:
-        batches = ValidationBatches(
-            shared,
-            sequence_length=length,
-            batch_size=max(1, config.batch_tokens // length),
-            document_mask=data.config.document_mask,
-            eos_id=data.eos_id,
-            vocab_size=loaded.model.config.vocab_size,
-        )
-        with progress(f"context {length}", len(batches), "batches") as update:
-            found = score(loaded.model, loaded.params, _counted(batches, update), data.byte_lengths)
-        results.append(_row(length, found))
+    with sharding.use(loaded.mesh):
+        for length in lengths:
+            batches = ValidationBatches(
+                shared,
+                sequence_length=length,
+                batch_size=sharding.even_rows(config.batch_tokens // length),
+                document_mask=data.config.document_mask,
+                eos_id=data.eos_id,
+                vocab_size=loaded.model.config.vocab_size,
+            )
+            with progress(f"context {length}", len(batches), "batches") as update:
+                counted = _counted(batches, update)
+                found = score(loaded.model, loaded.params, counted, data.byte_lengths)
+            results.append(_row(length, found))
     return {"source": config.run or config.model, "step": loaded.step, "results": results}
 
 
@@ -81,17 +83,18 @@ def evaluate_by_position(config: EvalConfig) -> tuple[list[by_position.Bin], int
     if not documents:
         raise ConfigError("the held-out text has no document of two tokens or more")
     bins = []
-    for length in lengths:
-        try:
-            bins += by_position.score_by_position(
-                *(loaded.model, loaded.params, documents),
-                context_length=length,
-                stride=config.stride,
-                batch_tokens=max(config.batch_tokens, length),
-                byte_lengths=data.byte_lengths,
-            )
-        except ValueError as error:
-            raise ConfigError(f"--{error}") from None
+    with sharding.use(loaded.mesh):
+        for length in lengths:
+            try:
+                bins += by_position.score_by_position(
+                    *(loaded.model, loaded.params, documents),
+                    context_length=length,
+                    stride=config.stride,
+                    batch_tokens=max(config.batch_tokens, length),
+                    byte_lengths=data.byte_lengths,
+                )
+            except ValueError as error:
+                raise ConfigError(f"--{error}") from None
     return bins, loaded.step
 
 
@@ -116,7 +119,7 @@ def _open(config: EvalConfig) -> tuple[Loaded, Data]:
     own_text = bool(config.text or config.tokens)
     if config.run is None and not own_text:
         raise ConfigError("--model needs --text or --tokens: what to evaluate it on")
-    loaded = load(config, config.dtype)
+    loaded = load(config, config.dtype, open_mesh(config, config.mesh))
     model = loaded.model.config
     if config.run is not None:
         from repo_jax.training.run_dir import read_config

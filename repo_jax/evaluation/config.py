@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from repo_jax.config import Dtype, RopeScaling
+from repo_jax.config import Dtype, MeshConfig, RopeScaling
 from repo_jax.errors import ConfigError
 
 Haystack = Literal["noise", "needles", "essay"]
@@ -27,7 +27,7 @@ class EvalConfig:
       tokenizer: with `model` and `text`; None: the model folder's tokenizer.json.
       context_lengths: each is evaluated on the same text cut into windows of that length;
         empty: the run's sequence length and its halves and doubles.
-      batch_tokens: tokens in a batch.
+      batch_tokens: tokens in a batch; with `mesh`, a row at least for each part of the batch.
       max_tokens: of the text that are read; None: all.
       output: a JSON file; None: a new one in the run directory, or printed only. With `tasks`, a
         folder to make `evaluation/` in; None: the run directory.
@@ -35,6 +35,8 @@ class EvalConfig:
       dtype: of activations.
       rope_scaling: YaRN, for contexts longer than the model was trained on. None: what the model
         has. A suite that says which factor it takes overrules it.
+      mesh: how all devices share the model and its batches, say `--mesh.tensor 8`; None: one
+        device has all of it.
       by_position: loss by the distance into the document, across windows, as table and plot;
         `output` is then the JSON file, and the others lie beside it.
       stride: with `by_position`, tokens between the starts of two windows of a document. None:
@@ -67,6 +69,7 @@ class EvalConfig:
     overwrite: bool = False
     dtype: Dtype = "float32"
     rope_scaling: RopeScaling | None = None
+    mesh: MeshConfig | None = None
     by_position: bool = False
     stride: int | None = None
     tasks: tuple[str, ...] | str = ()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from repo_jax.modeling import RePoLM
+from repo_jax.training.loss import chunks
 from repo_jax.training.step import batch_loss, batch_targets
 
 
@@ -62,9 +63,10 @@ def score(
     """Scores every target of `batches`.
 
     Args:
-      model, params: as `from_pretrained` or `load_run` returns them.
+      model, params: as `from_pretrained` or `load_run` returns them; on a mesh, inside
+        `sharding.use`.
       batches: of `tokens` int32 [B, T], `valid` bool [B] and perhaps `segment_ids`, as
-        `data.ValidationBatches` gives them, on any mesh.
+        `data.ValidationBatches` gives them; a mesh must divide B.
       byte_lengths: int32 [V'], bytes of each id; ids beyond are padding of the vocabulary.
       chunk: positions whose logits exist at a time.
     """
@@ -85,30 +87,27 @@ def log_probabilities(model: RePoLM, params, tokens_BT, at_BP, targets_BP, *, ch
     """Of single targets; no logits [B, T, V] exist, only those of `chunk` positions.
 
     Args:
-      model, params: as `from_pretrained` or `load_run` returns them.
+      model, params: as `from_pretrained` or `load_run` returns them; on a mesh, inside
+        `sharding.use`. A mesh must divide B and not split tokens.
       tokens_BT: int32 [B, T]. What is right of a token is not seen by it.
       at_BP: int32 [B, P], where in the row the target comes next.
       targets_BP: int32 [B, P].
-      chunk: positions whose logits exist at a time.
+      chunk: positions whose logits exist at a time, but one of each row at least.
 
     Returns:
       float32 [B, P], and bool [B, P]: whether the target is the likeliest.
     """
     hidden_BTD = model.apply({"params": params}, tokens_BT, method="hidden")
-    picked = jnp.take_along_axis(hidden_BTD, at_BP[..., None], axis=1)
-    B, P, D = picked.shape
-    chunk = min(chunk, B * P)
-    n = -(-B * P // chunk)
-    fill = n * chunk - B * P
-    picked = jnp.pad(picked.reshape(B * P, D), ((0, fill), (0, 0))).reshape(n, 1, chunk, D)
-    targets = jnp.pad(targets_BP.reshape(B * P), (0, fill)).reshape(n, 1, chunk)
+    picked_BPD = jnp.take_along_axis(hidden_BTD, at_BP[..., None], axis=1)
 
     def body(_, xs):
-        h, target = xs
-        logits = model.apply({"params": params}, h, method="logits")
-        logprob = jnp.take_along_axis(logits, target[..., None], -1)[..., 0]
+        h_BCD, target_BC = xs
+        logits = model.apply({"params": params}, h_BCD, method="logits")
+        logprob = jnp.take_along_axis(logits, target_BC[..., None], -1)[..., 0]
         logprob -= jax.nn.logsumexp(logits, axis=-1)
-        return None, (logprob, logits.argmax(-1) == target)
+        return None, (logprob, logits.argmax(-1) == target_BC)
 
-    _, found = jax.lax.scan(body, None, (picked, targets))
-    return jax.tree.map(lambda x: x.reshape(-1)[: B * P].reshape(B, P), found)
+    # Cut along P, not B * P, so that on a mesh every device has the logits of its own rows.
+    _, found = jax.lax.scan(body, None, (chunks(picked_BPD, chunk), chunks(targets_BP, chunk)))
+    B, P = targets_BP.shape
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, -1)[:, :P], found)

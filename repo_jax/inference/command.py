@@ -5,11 +5,11 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from repo_jax import cli
-from repo_jax.config import RopeScaling
+from repo_jax.config import MeshConfig, RopeScaling
 from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.inference.generator import Generator
-from repo_jax.inference.loading import load
+from repo_jax.inference.loading import load, open_mesh
 from repo_jax.inference.sampling import Sampling
 
 
@@ -28,6 +28,7 @@ class GenerateConfig:
       revision: of the hub id.
       tokenizer: a tokenizer.json or its folder; None: the run's or the model folder's.
       rope_scaling: YaRN, for contexts longer than the model was trained on.
+      mesh: how all devices share the model, say `--mesh.tensor 8`; None: one has all of it.
       max_new_tokens: most tokens to add.
       temperature: 0 takes the likeliest token each time.
       top_k: sample among the k likeliest.
@@ -46,6 +47,7 @@ class GenerateConfig:
     revision: str | None = None
     tokenizer: str | None = None
     rope_scaling: RopeScaling | None = None
+    mesh: MeshConfig | None = None
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_k: int | None = None
@@ -122,9 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = _prompts(config)
     if config.prompt_file is not None:
         prompts = iter(list(prompts))  # a file that is not there is told of first
-    loaded = load(config)
+    loaded = load(config, mesh=open_mesh(config, config.mesh))
     tokenizer = Tokenizer.load(config.tokenizer or loaded.folder)
-    generator = Generator(loaded.model, loaded.params)
+    generator = Generator(loaded.model, loaded.params, mesh=loaded.mesh)
     for prompt in prompts:
         try:
             _continue(generator, tokenizer, prompt, config)

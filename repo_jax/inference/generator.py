@@ -1,6 +1,5 @@
 """Continuations of prompts: one pass over the prompt, then a token at a time from a cache."""
 
-import contextlib
 import dataclasses
 import functools
 from collections import Counter
@@ -250,7 +249,7 @@ class Generator:
         tokens, lengths, n_chunks = self._lay_out(prompts, max_new_tokens)
         places = np.pad(_places(prompts), (0, len(lengths) - len(prompts)))
         rows = [_Row(set(eos_ids), tuple(stop_strings), tokenizer) for _ in prompts]
-        with contextlib.nullcontext() if self._mesh is None else sharding.use(self._mesh):
+        with sharding.use(self._mesh):
             state = _prefill(
                 *(config, self._params, tokens, lengths, n_chunks, np.uint32(seed % 2**32), places),
                 **given,

@@ -4,7 +4,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Protocol
 
-from repo_jax.config import Dtype, RopeScaling
+import jax
+from jax.sharding import Mesh
+
+from repo_jax import sharding
+from repo_jax.config import DecoderConfig, Dtype, MeshConfig, RopeScaling
+from repo_jax.errors import ConfigError
 from repo_jax.modeling import RePoLM
 
 
@@ -34,12 +39,14 @@ class Loaded:
       model, params: as `from_pretrained` or `load_run` returns them.
       folder: what its tokenizer is in.
       step: of a run.
+      mesh: whose devices share the parameters.
     """
 
     model: RePoLM
     params: Any
     folder: Path
     step: int | None = None
+    mesh: Mesh | None = None
 
 
 def folder_of(named: Named) -> Path:
@@ -49,12 +56,53 @@ def folder_of(named: Named) -> Path:
     return Path(named.run) if named.run is not None else locate(named.model, named.revision)
 
 
-def load(named: Named, dtype: Dtype | None = None) -> Loaded:
+def config_of(named: Named) -> DecoderConfig:
+    """The config of a model, its parameters not read."""
+    folder = folder_of(named)
+    if named.run is not None:
+        from repo_jax.training.run_dir import read_config
+
+        return read_config(folder).model
+    from repo_jax.interop.checkpoint import Checkpoint
+    from repo_jax.interop.load import resolve_config
+
+    return resolve_config(Checkpoint(folder), None, named.rope_scaling)[1]
+
+
+def open_mesh(named: Named, config: MeshConfig | None) -> Mesh | None:
+    """The mesh that a command is asked to put a model on; None where it is asked for none.
+
+    Args:
+      named: the model, of which only the config is read.
+      config: sizes.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices or the model, is of several processes or
+        slices, or splits tokens.
+    """
+    if config is None:
+        return None
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"--mesh is given in {jax.process_count()} processes; only training runs in several, "
+            "so start one, which has all devices of its machine"
+        )
+    for name, why in (("slices", "runs on several slices"), ("context", "splits tokens")):
+        size = getattr(config, name)
+        if size != 1:
+            raise ConfigError(f"mesh.{name} is {size}; it must be 1, as only training {why}")
+    mesh = sharding.make_mesh(config)
+    sharding.check_model(config_of(named), mesh)
+    return mesh
+
+
+def load(named: Named, dtype: Dtype | None = None, mesh: Mesh | None = None) -> Loaded:
     """Reads a model.
 
     Args:
       named: which.
       dtype: of activations; None: the model's.
+      mesh: as in `from_pretrained`, say of `open_mesh`.
 
     Raises:
       ConfigError, MissingPackageError, TrainingError: as `load_run` and `from_pretrained`.
@@ -63,11 +111,11 @@ def load(named: Named, dtype: Dtype | None = None) -> Loaded:
     if named.run is not None:
         from repo_jax.training.checkpoints import load_run_step
 
-        model, params, step = load_run_step(folder, named.step, named.rope_scaling)
+        model, params, step = load_run_step(folder, named.step, named.rope_scaling, mesh)
     else:
         from repo_jax.interop import from_pretrained
 
-        model, params = from_pretrained(folder, rope_scaling=named.rope_scaling)
+        model, params = from_pretrained(folder, rope_scaling=named.rope_scaling, mesh=mesh)
     if dtype is not None:
         model = RePoLM(dataclasses.replace(model.config, dtype=dtype))
-    return Loaded(model, params, folder, step)
+    return Loaded(model, params, folder, step, mesh)

@@ -56,7 +56,8 @@ def from_pretrained(
       The model, and its plain (unboxed) parameters.
 
     Raises:
-      ConfigError: one sentence on what is wrong with the path, the config or the tensors.
+      ConfigError: one sentence on what is wrong with the path, the config, the tensors or the
+        mesh.
       MissingPackageError: a hub id needs huggingface_hub.
     """
     changes = {
@@ -66,6 +67,8 @@ def from_pretrained(
     checkpoint = Checkpoint(hub.locate(path_or_hub_id, revision))
     stored, config = resolve_config(checkpoint, positions, rope_scaling)
     config = dataclasses.replace(config, **changes)
+    if mesh is not None:
+        sharding.check_model(config, mesh)
     source = Source(checkpoint, stored, config, rng)
     model = RePoLM(config)
     return model, load_params(source, _placement(model, mesh), jnp.dtype(config.param_dtype))

@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from repo_jax import distributed
+from repo_jax import distributed, sharding
 from repo_jax.config import RopeScaling
 from repo_jax.errors import ConfigError, MissingPackageError, TrainingError
-from repo_jax.modeling import RePoLM, abstract_params
+from repo_jax.modeling import RePoLM, abstract_params, boxed_params
 from repo_jax.training.run_dir import read_config
 from repo_jax.training.step import TrainState
 
@@ -451,7 +452,11 @@ def _check_shapes(path: epath.Path, stored, abstract) -> None:
 
 
 def load_run(
-    run_dir: str | Path, step: int | str = "latest", rope_scaling: RopeScaling | None = None
+    run_dir: str | Path,
+    step: int | str = "latest",
+    rope_scaling: RopeScaling | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> tuple[RePoLM, dict]:
     """The model of a run and its parameters.
 
@@ -460,20 +465,25 @@ def load_run(
       step: `latest`, `best` (lowest validation loss) or a number. If the newest is damaged,
         `latest` says so and takes the one before.
       rope_scaling: YaRN instead of what the run has. None: what it has.
+      mesh: as in `from_pretrained`; the mesh that the run was trained on does not matter.
 
     Returns:
       The model, and its plain dict of arrays in the run's `param_dtype`.
 
     Raises:
-      ConfigError: no run, or no such checkpoint, or it is damaged.
+      ConfigError: no run, or no such checkpoint, or it is damaged; or the mesh does not divide
+        the model.
       MissingPackageError: its checkpoints are in an object store, which needs a package.
       TrainingError: that store does not answer.
     """
-    return load_run_step(run_dir, step, rope_scaling)[:2]
+    return load_run_step(run_dir, step, rope_scaling, mesh)[:2]
 
 
 def load_run_step(
-    run_dir: str | Path, step: int | str = "latest", rope_scaling: RopeScaling | None = None
+    run_dir: str | Path,
+    step: int | str = "latest",
+    rope_scaling: RopeScaling | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[RePoLM, dict, int]:
     """`load_run`, and which step it is."""
     run_dir = Path(run_dir)
@@ -482,6 +492,11 @@ def load_run_step(
     changes = {} if rope_scaling is None else {"rope_scaling": rope_scaling}
     model = RePoLM(dataclasses.replace(config.model, attention=None, **changes))
     abstract = abstract_params(model)
+    if mesh is not None:
+        sharding.check_model(model.config, mesh)
+        # Each device is given its part of what is read, and never more.
+        places = sharding.param_shardings(boxed_params(model), mesh)
+        abstract = jax.tree.map(lambda x, place: x.update(sharding=place), abstract, places)
     with Checkpoints(run_dir, checkpoint_dir=config.training.checkpoint_dir) as checkpoints:
         found = checkpoints.find(step)
         earlier = [other for other in saved_steps(checkpoints.folder) if other < found]

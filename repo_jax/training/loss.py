@@ -72,7 +72,7 @@ def cross_entropy(hidden_BTD, kernel_DV, targets_BT, weights_BT, *, z_loss=0.0, 
     return LossSums(loss=loss, ce=ce_B.sum(), z=z_B.sum(), ce_B=ce_B)
 
 
-def _chunks(x, chunk: int):
+def chunks(x, chunk: int):
     """[B, T, ...] as [n, B, size, ...]: few chunks of equal size, filled up with zeros."""
     B, T = x.shape[:2]
     size = min(T, max(1, chunk // B))
@@ -114,7 +114,7 @@ def _sums(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, chunk):
             return (carry[0] + ce, carry[1] + z), None
 
         zero = jnp.zeros(h.shape[0], jnp.float32)
-        xs = tuple(_chunks(x, chunk) for x in (h, *rest))
+        xs = tuple(chunks(x, chunk) for x in (h, *rest))
         sums, _ = jax.lax.scan(body, (zero, zero), xs)
         return split.sum(sums, split.length)
 
@@ -145,7 +145,7 @@ def _sums_fwd(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, chunk):
             return (ce_sum + ce, z_sum + z, d_kernel), d_h
 
         zero = jnp.zeros(B, jnp.float32)
-        xs = tuple(_chunks(x, chunk) for x in (h, *rest))
+        xs = tuple(chunks(x, chunk) for x in (h, *rest))
         start = (zero, zero, jnp.zeros(kernel.shape, jnp.float32))
         (ce, z, d_kernel), d_h = jax.lax.scan(body, start, xs)
         d_h = split.sum(d_h.swapaxes(0, 1).reshape(B, -1, D)[:, :T], split.vocab)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from repo_jax import cli, load_run, save_pretrained
-from repo_jax.config import DecoderConfig, RopeScaling
+from repo_jax.config import DecoderConfig, MeshConfig, RopeScaling
 from repo_jax.data import ValidationBatches, byte_tokenizer, open_data, segment_ids
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation import command
@@ -72,7 +72,7 @@ def test_hopeless_models_have_infinite_perplexity():
 def run(tmp_path_factory):
     """An untrained run, its model and weights, and the same exported."""
     folder = tmp_path_factory.mktemp("evaluation")
-    config = parse(write_config(folder))
+    config = parse(write_config(folder), "--model.vocab_size", "272")  # two devices can share it
     model, params = make_run(folder / "run", config)
     save_pretrained(folder / "model", model, params, tokenizer_dir=folder / "run")
     return folder, model, params
@@ -109,11 +109,31 @@ def test_an_exported_model_scores_as_its_run_does(run):
     assert of_run["results"][0]["targets"] == 640 // 32 * 31
 
 
+@pytest.mark.parametrize("source", ["run", "model"])
+def test_a_mesh_changes_rounding_alone(run, source):
+    """Also where its devices do not divide the rows that batch_tokens gives, nor all windows."""
+    folder, _, _ = run
+    text = dict(
+        text=str(folder / "corpus"), context_lengths=(16,), max_tokens=640, batch_tokens=112
+    )
+    alone = EvalConfig(**{source: str(folder / source)}, **text)
+    spread = dataclasses.replace(alone, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    ((ours,), (theirs,)) = (evaluate(config)["results"] for config in (spread, alone))
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert (ours["targets"], ours["bytes"]) == (theirs["targets"], theirs["bytes"])
+    bins = [command.evaluate_by_position(config)[0] for config in (spread, alone)]
+    for ours, theirs in zip(*bins, strict=True):
+        assert (ours.first, ours.tokens) == (theirs.first, theirs.tokens)
+        assert (ours.loss, ours.bits_per_byte) == pytest.approx(
+            (theirs.loss, theirs.bits_per_byte), rel=1e-6
+        )
+
+
 def test_token_files_have_no_bits_per_byte(run, capsys):
     folder, _, _ = run
     np.arange(96, dtype="<u2").tofile(folder / "tokens.bin")
     output = folder / "somewhere" / "result.json"
-    with pytest.raises(ConfigError, match="the vocabulary has 257 entries, or the file is not"):
+    with pytest.raises(ConfigError, match="the vocabulary has 272 entries, or the file is not"):
         evaluate(EvalConfig(model=str(folder / "model"), tokens=str(folder / "tokens.bin")))
     np.arange(96, dtype="<u4").tofile(folder / "tokens.bin")
     options = ["--tokens", str(folder / "tokens.bin"), "--context_lengths", "[32]"]
@@ -140,6 +160,7 @@ def test_token_files_have_no_bits_per_byte(run, capsys):
         ),
         (["--run", "{run}", "--num_fewshot", "0"], r"error: --num_fewshot needs --tasks"),
         (["--run", "{run}", "--step", "7"], r"error: step '7': .* has the checkpoints 0; latest.*"),
+        (["--run", "{run}", "--mesh.tensor", "4"], r"error: mesh.tensor is 4; it must divide .*"),
         (
             ["--run", "{run}", "--step", "best"],
             r"error: .* has no checkpoint with a validation loss",

@@ -14,7 +14,7 @@ from tests.tiny_runs import make_run, parse, write_config
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
-    make_run(folder / "run", parse(write_config(folder)))
+    make_run(folder / "run", parse(write_config(folder), "--model.vocab_size", "272"))
     return folder / "run"
 
 
@@ -56,6 +56,11 @@ def test_yarn(run, capsys):
     assert printed(capsys, run, "--prompt", "abc", *options) == "abc" + scaled + "\n"
 
 
+def test_a_mesh_changes_nothing(run, capsys):
+    options = ["--prompt", "abc", "--mesh.tensor", "2", "--mesh.data", "2"]
+    assert printed(capsys, run, *options) == "abc" + continuation(run, "abc", 6) + "\n"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -64,6 +69,7 @@ def test_yarn(run, capsys):
         (["--prompt_file", "nowhere.txt"], "--prompt_file nowhere.txt cannot be read as text"),
         (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens is 0; it must be 1"),
         (["--prompt", "a", "--min_p", "2"], "--min_p is 2.0; it must be from 0 to 1"),
+        (["--prompt", "a", "--mesh.tensor", "4"], "mesh.tensor is 4; it must divide model.n_heads"),
     ],
 )
 def test_mistakes(run, options, message, capsys):

@@ -10,24 +10,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from repo_jax.config import RopeScaling, to_dict
+from repo_jax import sharding
+from repo_jax.config import MeshConfig, RopeScaling, to_dict
 from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation.harness.cache import RequestCache
 from repo_jax.evaluation.perplexity import log_probabilities
 from repo_jax.inference.generator import LEAST_SLOTS, Generator
-from repo_jax.inference.loading import folder_of, load
+from repo_jax.inference.loading import folder_of, load, open_mesh
 from repo_jax.inference.sampling import Sampling
 from repo_jax.modeling import RePoLM
 from repo_jax.progress import progress
 
+_MESH_ARGS = ("data", "fsdp", "tensor")
 _MODEL_ARGS = (
     *("run", "pretrained", "step", "revision", "tokenizer", "dtype", "batch_tokens"),
-    *("max_length", "rope_factor", "rope_original_length", "cache"),
+    *("max_length", "rope_factor", "rope_original_length", "cache", *_MESH_ARGS),
 )
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 _NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens")
@@ -58,6 +61,7 @@ class RepoJaxLM(TemplateLM):
       max_length: tokens the model may see, what it generates included; longer contexts lose
         their beginning. None: what it was trained on, times the YaRN factor.
       cache: of answers, for evaluations that are stopped and started again.
+      mesh: where params were placed on one, that; it may not split tokens.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class RepoJaxLM(TemplateLM):
         batch_tokens: int = 16_384,
         max_length: int | None = None,
         cache: RequestCache | None = None,
+        mesh: Mesh | None = None,
     ):
         super().__init__()
         scaling = model.config.rope_scaling
@@ -76,7 +81,7 @@ class RepoJaxLM(TemplateLM):
         reach = trained if scaling is None else int(scaling.factor * scaling.original_length)
         self.max_length = reach if max_length is None else max_length
         self._model, self._params, self._tokenizer = model, params, tokenizer
-        self._batch_tokens, self._cache = batch_tokens, cache
+        self._batch_tokens, self._cache, self._mesh = batch_tokens, cache, mesh
 
     def scaled(self, rope_scaling: RopeScaling | None, max_length: int | None) -> "RepoJaxLM":
         """The same parameters with another YaRN factor and length."""
@@ -86,13 +91,14 @@ class RepoJaxLM(TemplateLM):
             batch_tokens=self._batch_tokens,
             max_length=max_length,
             cache=self._cache,
+            mesh=self._mesh,
         )
         lm.__dict__["_parameters"] = self._parameters
         return lm
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None):
-        """As `lm_eval --model_args run=DIR,batch_tokens=8192` asks for it."""
+        """As `lm_eval --model_args run=DIR,batch_tokens=8192,tensor=4` asks for it."""
         from lm_eval.utils import simple_parse_args_string
 
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
@@ -112,13 +118,19 @@ class RepoJaxLM(TemplateLM):
             scaling = RopeScaling(float(factor), given["rope_original_length"])
         step, revision = str(given["step"] or "latest"), given["revision"]
         named = _Arguments(given["run"], given["pretrained"], step, revision, scaling)
+        sizes = {name: given[name] for name in _MESH_ARGS if given[name] is not None}
+        for name, size in sizes.items():
+            if not isinstance(size, int):
+                raise ConfigError(f"model_args has {name}={size}; it must be a whole number")
+        mesh = open_mesh(named, MeshConfig(**sizes) if sizes else None)
         tokenizer = Tokenizer.load(given["tokenizer"] or folder_of(named))
-        loaded = load(named, given["dtype"] or "float32")
+        loaded = load(named, given["dtype"] or "float32", mesh)
         return cls(
             *(loaded.model, loaded.params, tokenizer),
             batch_tokens=given["batch_tokens"] or 16_384,
             max_length=given["max_length"],
             cache=given["cache"] and RequestCache(given["cache"]),
+            mesh=mesh,
         )
 
     @functools.cached_property
@@ -127,7 +139,7 @@ class RepoJaxLM(TemplateLM):
 
     @functools.cached_property
     def _generator(self) -> Generator:
-        return Generator(self._model, self._params)
+        return Generator(self._model, self._params, mesh=self._mesh)
 
     @functools.cached_property
     def identity(self) -> str:
@@ -291,14 +303,16 @@ class RepoJaxLM(TemplateLM):
                 update(len(rows))
 
     def _remembered(self, kind: str, requests, answer) -> list:
-        if self._cache is None:
-            return answer(requests)
         known = [
-            None if _is_sampled(request) else self._cache.get(self.identity, kind, request.args)
+            None
+            if self._cache is None or _is_sampled(request)
+            else self._cache.get(self.identity, kind, request.args)
             for request in requests
         ]
         todo = [i for i, found in enumerate(known) if found is None]
-        for i, found in zip(todo, answer([requests[i] for i in todo]), strict=True):
+        with sharding.use(self._mesh):
+            answers = answer([requests[i] for i in todo])
+        for i, found in zip(todo, answers, strict=True):
             known[i] = found
         return known
 
@@ -354,7 +368,7 @@ def _batches(
     start = 0
     while start < len(order):
         width = width_of(order[start])
-        size = max(1, batch_tokens // width)
+        size = sharding.even_rows(batch_tokens // width)
         rows = [i for i in order[start : start + size] if width_of(i) == width]
         yield rows, width, size
         start += len(rows)
@@ -366,8 +380,11 @@ def _hash_leaves(params):
 
     def digest(x):
         bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-        bits = bits.reshape(-1).astype(jnp.uint32)
-        x = (bits + 1) * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1)
+        # Not by a flat copy: of a parameter that is split, every device would make a whole one.
+        at = jnp.zeros(x.shape, jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            at = at * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        x = (bits.astype(jnp.uint32) + 1) * (2 * at + 1)
         # The mixing of 32 bits in MurmurHash3.
         x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
         x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)

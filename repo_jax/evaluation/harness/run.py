@@ -34,7 +34,7 @@ from repo_jax.evaluation.harness.suites import (
     SuiteTask,
     alone,
 )
-from repo_jax.inference.loading import folder_of, load
+from repo_jax.inference.loading import folder_of, load, open_mesh
 
 _PUBLISHED = "published_match"
 
@@ -61,22 +61,25 @@ def evaluate_tasks(config: EvalConfig) -> dict[str, Any]:
       `groups`, the means of a suite's tasks.
 
     Raises:
-      ConfigError: a task is unknown or lacks its data, or the folder has other results.
+      ConfigError: a task is unknown or lacks its data, the folder has other results, or the
+        mesh does not fit.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     out = _output(config)
     groups = _groups(config)
     folder = folder_of(config)
+    mesh = open_mesh(config, config.mesh)
     tokenizer = Tokenizer.load(config.tokenizer or folder)
     entries = _entries(config, groups, config.tokenizer or folder)
     found = _found(out, entries)
-    loaded = load(config, config.dtype)
+    loaded = load(config, config.dtype, mesh)
     with cli.writing("--output"):
         out.mkdir(parents=True, exist_ok=True)
     lm = RepoJaxLM(
         *(loaded.model, loaded.params, tokenizer),
         batch_tokens=config.batch_tokens,
         cache=RequestCache(out / "requests.sqlite"),
+        mesh=mesh,
     )
     report = _started(out, config, loaded.step, lm.identity, found)
     for group, members in itertools.groupby(entries, lambda entry: entry.group):

@@ -28,11 +28,12 @@ def lm_eval_with(monkeypatch):
     return start
 
 
-def test_the_lm_eval_command(run, tmp_path, capsys, lm_eval_with):
+@pytest.mark.parametrize("mesh", ["", ",data=2"])
+def test_the_lm_eval_command(run, tmp_path, capsys, lm_eval_with, mesh):
     """lm-eval's own program finds the model, and our tasks without being told where they are."""
     lm_eval_with(
         *("--model", "repo_jax", "--tasks", "nlgraph_connectivity"),
-        *("--model_args", f"run={run / 'run'},max_length=1024", "--limit", "2"),
+        *("--model_args", f"run={run / 'run'},max_length=1024{mesh}", "--limit", "2"),
         *("--metadata", json.dumps({"data_dir": str(run / "data")})),
         *("--output_path", str(tmp_path / "out")),
     )

@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
-from repo_jax.config import DecoderConfig, RopeScaling
+from repo_jax import sharding
+from repo_jax.config import DecoderConfig, MeshConfig, RopeScaling
 from repo_jax.data import ValidationBatches, byte_tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation.harness import model as harness
 from repo_jax.evaluation.harness.cache import RequestCache
 from repo_jax.evaluation.harness.model import RepoJaxLM
 from repo_jax.evaluation.perplexity import score
-from repo_jax.modeling import RePoLM, init_params
+from repo_jax.modeling import RePoLM, boxed_params, init_params
 
 EOS = 256
 WIDTH = 64
@@ -292,6 +293,26 @@ def test_another_model_has_another_identity(parts):
     assert lm.scaled(None, 48).identity == lm.identity
 
 
+def test_a_mesh_changes_no_answer(parts):
+    """Nor what the model is called, so that answers are remembered from one mesh to another."""
+    model, params, tokenizer = parts
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = jax.device_put(params, sharding.param_shardings(boxed_params(model), mesh))
+    alone = RepoJaxLM(*parts, batch_tokens=96)
+    spread = RepoJaxLM(model, placed, tokenizer, batch_tokens=96, mesh=mesh)
+    assert spread.identity == alone.identity
+    assert spread.scaled(RopeScaling(2.0, 48), None)._mesh is mesh
+    pairs = ask("loglikelihood", *(("abc" * n, "efg"[: n % 3 + 1]) for n in range(5)))
+    ours, theirs = (lm.loglikelihood(pairs) for lm in (spread, alone))
+    np.testing.assert_allclose(*([x for x, _ in answers] for answers in (ours, theirs)), rtol=1e-5)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    texts = ask("loglikelihood_rolling", ("a text",), ("a longer one",))
+    rolled = (lm.loglikelihood_rolling(texts) for lm in (spread, alone))
+    np.testing.assert_allclose(*rolled, rtol=1e-5)
+    prompts = ask("generate_until", *((p, {"max_gen_toks": 8}) for p in ("a", "bcd")))
+    assert spread.generate_until(prompts) == alone.generate_until(prompts)
+
+
 def test_scaling_changes_the_model_and_its_reach(parts):
     lm = RepoJaxLM(*parts)
     scaled = lm.scaled(RopeScaling(4.0, 48), None)
@@ -311,6 +332,8 @@ def test_a_file_that_is_no_cache(tmp_path):
     [
         ("run=a,pretrained=b", "needs one of run=DIR and pretrained="),
         ("batch_size=8,run=a", "model_args has batch_size; the model repo_jax takes run, "),
+        ("run=a,tensor=two", "model_args has tensor=two; it must be a whole number"),
+        ("run=a,tensor=3", "the mesh is data 1 x fsdp -1 x tensor 3 .* must use all 8 devices"),
     ],
 )
 def test_model_args_that_are_wrong(arguments, message):

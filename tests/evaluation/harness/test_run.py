@@ -87,6 +87,15 @@ def test_an_exported_model_is_the_same_model(run, tmp_path):
     assert [row["score"] for row in outputs[0]] == [row["score"] for row in outputs[1]]
 
 
+def test_a_mesh_changes_no_score(run, tmp_path):
+    for name, mesh in (("alone", ()), ("spread", ("--mesh.data", "2"))):
+        command.main(options(run, "letters,answers", tmp_path / name, "--limit", "4", *mesh))
+    for task in ("letters", "answers"):
+        ours, theirs = (lines(tmp_path / name, task) for name in ("spread", "alone"))
+        assert [row["score"] for row in ours] == [row["score"] for row in theirs]
+    assert [row["output"] for row in ours] == [row["output"] for row in theirs]
+
+
 def test_published_scoring_gives_silence_credit(run, tmp_path):
     more = ("--published_scoring", "true", "--limit", "8")
     command.main(options(run, "nlgraph_cycle", tmp_path, *more))
