@@ -61,8 +61,8 @@ class Tokenizer:
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
             raise ConfigError(
-                f"tokenizer {str(path)!r}: there is no file {file}; give bytes, bpe:N, a "
-                "tokenizer.json or a folder that has one"
+                f"tokenizer {str(path)!r}: there is no file {file}; give a tokenizer.json or a "
+                "folder that has one (for training also bytes or bpe:N)"
             )
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))

@@ -192,7 +192,7 @@ def test_ids_that_the_library_would_change_are_refused(tmp_path):
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"tokenizer 'bpe': there is no file bpe; give bytes"):
+    with pytest.raises(ConfigError, match=r"tokenizer 'bpe': there is no file bpe; give a tok"):
         Tokenizer.load("bpe")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"tokenizer\.json is not a tokenizer\.json"):

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import hashlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -162,7 +163,14 @@ def _load(manager: TaskManager, name: str, data_dir: str | None) -> dict[str, An
     except (ConfigError, MissingPackageError):
         raise
     except ImportError as error:
-        raise MissingPackageError(_missing(error), f"the task {name}", "eval") from error
+        missing = _missing(error)
+        package = missing.partition(".")[0]
+        if package and importlib.util.find_spec(package):
+            raise ConfigError(
+                f"the task {name} does not work with the installed {package}, which has no "
+                f"{missing}"
+            ) from error
+        raise MissingPackageError(missing, f"the task {name}", "eval") from error
     except Exception as error:  # of whatever lies between here and the hub
         raise ConfigError(_no_data(manager, name, data_dir, error)) from error
     return dict(sorted(tasks.items()))
@@ -242,6 +250,7 @@ def _entry(config: EvalConfig, group: Group, asked: SuiteTask, tasks: dict[str, 
         if own is None or (own != 0 and shots is not None):
             task.set_config(key="num_fewshot", value=shots or 0)
         task.set_fewshot_seed(seed=1234)
+        _check_shots(task)
     first = next(iter(tasks.values()))
     metrics = list(first.aggregation())
     metric = asked.metric or metrics[0]
@@ -259,6 +268,20 @@ def _entry(config: EvalConfig, group: Group, asked: SuiteTask, tasks: dict[str, 
         "haystack": ", ".join(sorted(set().union(*map(_haystacks, tasks.values())))) or None,
     }
     return _Entry(asked.name or asked.task, asked, group, tasks, settings)
+
+
+def _check_shots(task) -> None:
+    """lm-eval would find out on the first question."""
+    shots, sampler = task.get_config("num_fewshot"), getattr(task, "sampler", None)
+    if not shots or sampler is None:
+        return
+    # Examples from among the questions leave out the one that is asked.
+    others = task.fewshot_cfg.split == task.config.test_split
+    if len(sampler.df) < shots + others:
+        raise ConfigError(
+            f"the task {task.config.task} is to show {shots} examples before a question and has "
+            f"{len(sampler.df) - others}; --num_fewshot asks for fewer"
+        )
 
 
 def _found(out: Path, entries: Iterable[_Entry]) -> dict[str, Any] | None:

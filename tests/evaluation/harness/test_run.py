@@ -130,7 +130,7 @@ def test_a_folder_named_as_on_the_hub_is_taken_in_its_place(run, tmp_path):
     assert [row["prompt"] for row in lines(tmp_path / "elsewhere", "hub")] == ["x is a letter of"]
 
 
-def test_limit_and_shots(run, tmp_path):
+def test_limit_and_shots(run, tmp_path, capsys):
     (run / "own" / "shown.yaml").write_text(
         (run / "own" / "letters.yaml").read_text().replace("task: letters", "task: shown")
         + "fewshot_split: test\n"
@@ -139,6 +139,9 @@ def test_limit_and_shots(run, tmp_path):
     row = report(tmp_path)["tasks"]["shown"]
     assert (row["examples"], row["shots"], row["limit"]) == (3, 2, 3)
     assert lines(tmp_path, "shown")[0]["prompt"].count("is a letter of") == 3
+    n = len((run / "own" / "letters.json").read_text().splitlines())
+    said = mistake(capsys, options(run, "shown", tmp_path / "all", "--num_fewshot", str(n)))
+    assert f"the task shown is to show {n} examples before a question and has {n - 1};" in said
 
 
 def test_rolling_tasks_score_a_document_as_perplexity_does_after_another(run, tmp_path):
@@ -420,6 +423,19 @@ def test_a_package_that_is_missing_is_named(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "jieba", None)
     error = mistake(capsys, options(run, "longbench_qmsum", tmp_path))
     assert "the task longbench_qmsum needs the package 'jieba', which is not" in error
+
+
+def test_a_package_that_is_another_version_is_named(run, tmp_path, capsys):
+    """To install it would not help; lm-eval's file is made to ask for what numpy never had."""
+    own = tmp_path / "own"
+    own.mkdir()
+    text = CHOICE.format(folder=run / "own").replace("gold", "!function needs.gold")
+    (own / "needs.yaml").write_text(text.replace("task: letters", "task: needs"))
+    (own / "needs.py").write_text("from numpy.never import gold\n")
+    error = mistake(capsys, options(run, "needs", tmp_path, "--tasks_dir", str(own)))
+    assert (
+        "the task needs does not work with the installed numpy, which has no numpy.never" in error
+    )
 
 
 @pytest.mark.parametrize(
