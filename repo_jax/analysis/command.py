@@ -116,7 +116,7 @@ class PositionsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """A model that is not loaded yet; `inference.command.load` does that.
+    """A model that is not loaded yet; `inference.loading.load` does that.
 
     Attributes:
       config: of the model.
