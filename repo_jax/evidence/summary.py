@@ -138,8 +138,11 @@ def can_differ(rows: Sequence[SummaryRow]) -> bool | None:
 
 
 def metrics(record: dict[str, Any]) -> tuple[str, ...]:
-    """What is reported of a task."""
-    return ("exact", "tokens") if record["metric"] == "exact" else (record["metric"],)
+    """What is reported of a task; of answers of one token, whose chances agree, only `exact`."""
+    chances = [(row["chance_exact"], row["chance_tokens"]) for row in record["evaluations"]]
+    if record["metric"] == "exact" and not np.allclose(*zip(*chances, strict=True)):
+        return ("exact", "tokens")
+    return (record["metric"],)
 
 
 def means_over_kinds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -131,6 +131,14 @@ def test_a_set_can_show_differences_between_chance_and_the_ceiling(values, can):
     assert not can_differ([row(rows, set="length_30", metric="exact")])
 
 
+def test_answers_of_one_token_are_reported_once():
+    made = record("rope", 0, (0.4, 0.2))
+    assert {row.metric for row in summarise([made])} == {"exact", "tokens"}
+    for evaluation in made["evaluations"]:
+        evaluation["chance_tokens"] = evaluation["chance_exact"]
+    assert {row.metric for row in summarise([made])} == {"exact"}
+
+
 def test_kinds_are_averaged_for_each_seed_at_the_sizes_that_all_have():
     base = {"examples": 4, "tokens": 1.0, "loss": 0.0, "chance_tokens": 0.5}
     evaluations = [
