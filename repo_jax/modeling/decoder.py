@@ -209,7 +209,7 @@ def init_params(model: RePoLM, rng: jax.Array, shardings=None):
 
     places = jax.tree.leaves(shardings)
     devices = places[0].device_set if places else jax.devices()
-    # A third of the time to compile, and as fast: this runs once, and is mostly random bits.
+    # Compiles sooner, to the same weights: this runs once, and is mostly random bits.
     on_cpu = next(iter(devices)).platform == "cpu"
     options = {"xla_backend_optimization_level": 1} if on_cpu else None
     return jax.jit(init, out_shardings=shardings, compiler_options=options)(rng)
