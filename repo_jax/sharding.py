@@ -69,6 +69,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = len(devices) // known
     asked = " x ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)
     if math.prod(sizes) != len(devices):
+        if len(devices) == 1:
+            raise ConfigError(f"the mesh is {asked}; there is only one device")
         raise ConfigError(
             f"the mesh is {asked}; it must use all {len(devices)} devices, so the sizes must "
             "multiply to that, or one be -1 and the others divide it"

@@ -345,6 +345,11 @@ def test_a_mesh_that_does_not_fit_the_devices(mesh, message):
         sharding.make_mesh(MeshConfig(**mesh))
 
 
+def test_one_device_is_no_mesh_of_two():
+    with pytest.raises(ConfigError, match=r"tensor 2 x context 1; there is only one device$"):
+        sharding.make_mesh(MeshConfig(tensor=2), jax.devices()[:1])
+
+
 @pytest.mark.parametrize(
     ("mesh", "options", "message"),
     [
