@@ -209,9 +209,11 @@ def init_params(model: RePoLM, rng: jax.Array, shardings=None):
 
     places = jax.tree.leaves(shardings)
     devices = places[0].device_set if places else jax.devices()
-    # Compiles sooner, to the same weights: this runs once, and is mostly random bits.
+    # Compiles sooner, to the same weights: this runs once, and is mostly random bits. Only whole
+    # programs have options, not what the caller traces.
+    traced = any(isinstance(x, jax.core.Tracer) for x in (rng, jnp.zeros(())))
     on_cpu = next(iter(devices)).platform == "cpu"
-    options = {"xla_backend_optimization_level": 1} if on_cpu else None
+    options = {"xla_backend_optimization_level": 1} if on_cpu and not traced else None
     return jax.jit(init, out_shardings=shardings, compiler_options=options)(rng)
 
 

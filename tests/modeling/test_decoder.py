@@ -57,6 +57,16 @@ VARIANTS = {
 }
 
 
+def test_weights_can_be_made_within_a_traced_function():
+    model, params = made(config("repo", n_layers=2))
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(1)))
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, params)
+    keys = jax.random.split(jax.random.key(0), 2)
+    stacked = jax.vmap(lambda key: init_params(model, key))(keys)
+    one = init_params(model, keys[1])
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x[1], y, rtol=1e-6), stacked, one)
+
+
 def sensitivity(model, params, **kwargs):
     """[T out, T in]: how far the hidden state at one token moves with another's embedding."""
 
