@@ -11,12 +11,17 @@ class ConfigError(ValueError):
 
 
 class MissingPackageError(ImportError):
-    """An optional package is needed for what was asked and is not installed."""
+    """An optional package is needed for what was asked and is not installed.
 
-    def __init__(self, package: str, purpose: str, extra: str):
+    Its message says what to install: the extra that brings the package, or where none does the
+    package itself.
+    """
+
+    def __init__(self, package: str, purpose: str, extra: str | None):
+        install = f"'repo-jax[{extra}]'" if extra else package
         super().__init__(
             f"{purpose} needs the package {package!r}, which is not installed; "
-            f"run: pip install 'repo-jax[{extra}]'"
+            f"run: pip install {install}"
         )
 
 

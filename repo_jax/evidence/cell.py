@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from repo_jax.config import OptimizerConfig, TrainingConfig
+from repo_jax.config import OptimizerConfig, PositionConfig, TrainingConfig
 from repo_jax.evidence import about
 from repo_jax.evidence.methods import parameter_count
 from repo_jax.evidence.suite import Cell, definition
@@ -82,7 +83,7 @@ def run(
     scores = evaluate(cells, model, params, method.index_weight)
     seconds = time.perf_counter() - start
     run = first.definition
-    watch(run.steps, float(losses[:, -1].mean()))
+    watch(run.all_steps, float(losses[:, -1].mean()))
     for i, cell in enumerate(cells):
         own = jax.tree.map(lambda x, i=i: x[i], params) if len(cells) > 1 else params
         _save_model(model_path(out, cell), RePoLM(config), own, cell)
@@ -97,6 +98,7 @@ def run(
             "metric": cell.task.metric,
             "headline": list(run.headline),
             "steps": run.steps,
+            "rope_steps": run.rope_steps,
             "batch_size": run.batch_size,
             "length": cell.task.length,
             "index_weight": method.index_weight,
@@ -157,13 +159,18 @@ def _train(cells: Sequence[Cell], model: RePoLM, index_weight: float, watch: Wat
     seconds of a step, for all cells together, without compilation."""
     run, task, several = cells[0].definition, cells[0].task, len(cells) > 1
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees) if several else trees[0]
+    params = stack([init_params(model, jax.random.key(cell.seed)) for cell in cells])
+    before = run.rope_steps or 0
+    if before:
+        old = _train(*_rope(cells, model), 0.0, watch)[0]
+        params = unflatten_dict(flatten_dict(params) | flatten_dict(old))
     optimizer, steps = training_steps(cells[0], model, index_weight)
-    new = jax.jit(lambda params: create_state(params, optimizer, seed=0))
-    state = stack([new(init_params(model, jax.random.key(cell.seed))) for cell in cells])
+    new = lambda params: create_state(params, optimizer, seed=0)
+    state = jax.jit(jax.vmap(new) if several else new)(params)
     steps = jax.jit(jax.vmap(steps) if several else steps, donate_argnums=0)
 
     def batches(cell: Cell, first: int):
-        chunk = range(first, min(first + _CHUNK, run.steps))
+        chunk = range(before + first, before + min(first + _CHUNK, run.steps))
         made = [task.training_batch(cell.seed, step, run.batch_size) for step in chunk]
         return [np.stack([getattr(m, name) for m in made]) for name in ("tokens", "answers")]
 
@@ -182,8 +189,16 @@ def _train(cells: Sequence[Cell], model: RePoLM, index_weight: float, watch: Wat
                 coming = ask(first + size)
             losses.append(np.asarray(found).reshape(len(cells), size))
             seconds.append((time.perf_counter() - start) / size)
-            watch(first + size, float(losses[-1][:, -1].mean()))
+            watch(before + first + size, float(losses[-1][:, -1].mean()))
     return state.params, np.concatenate(losses, 1), float(np.median(seconds))
+
+
+def _rope(cells: Sequence[Cell], model: RePoLM) -> tuple[list[Cell], RePoLM]:
+    """The cells and the model that these continue."""
+    run = cells[0].definition
+    run = dataclasses.replace(run, steps=run.rope_steps, rope_steps=None)
+    rope = dataclasses.replace(model.config, positions=PositionConfig(preset="rope"))
+    return [dataclasses.replace(c, method="rope", definition=run) for c in cells], RePoLM(rope)
 
 
 def training_steps(

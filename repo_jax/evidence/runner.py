@@ -244,7 +244,7 @@ class _Run:
         """Cells one after the other in this process."""
 
         def watch(step: int, loss: float) -> None:
-            late = step < group[0].definition.steps and time.monotonic() >= self.deadline
+            late = step < group[0].definition.all_steps and time.monotonic() >= self.deadline
             if stop.requested() or late:
                 raise _Stopped
             pace.heard(step)
@@ -259,7 +259,7 @@ class _Run:
                 return
             group = fits[0]
             waiting.remove(group)
-            began, pace = time.monotonic(), Pace(group[0].definition.steps)
+            began, pace = time.monotonic(), Pace(group[0].definition.all_steps)
             try:
                 cells.run(group, self.out, watch, commit=self.commit)
             except _Stopped:

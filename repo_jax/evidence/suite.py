@@ -51,6 +51,8 @@ class Experiment:
       position_rate: a factor on the learning rate of f_phi.
       position_init_std: of new weights that make positions; None: the model's `init_std`.
       steps, batch_size: of the training.
+      rope_steps: of a RoPE model's training, whose weights are then trained with the method's
+        positions for `steps` more, as in continual pretraining; None: weights are new.
       z_loss: weight of mean(logsumexp ** 2).
       loss_over: what the loss of a batch is a mean over: all its `answers`, or its `examples`, of
         each of which it is the mean over its answers.
@@ -69,6 +71,7 @@ class Experiment:
     position_init_std: float | None = None
     steps: int = 2500
     batch_size: int = 32
+    rope_steps: int | None = None
     z_loss: float = 1e-4
     loss_over: Literal["answers", "examples"] = "answers"
     headline: tuple[str, ...] = ()
@@ -93,17 +96,23 @@ class Experiment:
                 f"experiments.{name} has {' and '.join(given) or 'no task'}; it must have one of "
                 f"{', '.join(_TASKS)}"
             )
-        for option in ("steps", "batch_size", "position_rate"):
+        for option in ("steps", "batch_size", "rope_steps", "position_rate"):
             value = getattr(self, option)
-            if value <= 0:
+            if value is not None and value <= 0:
                 raise ConfigError(f"experiments.{name}.{option} is {value}; it must be positive")
-        if self.optimizer.warmup_steps >= self.steps:
+        steps = min(self.steps, self.rope_steps or self.steps)
+        if self.optimizer.warmup_steps >= steps:
             raise ConfigError(
                 f"experiments.{name}.optimizer.warmup_steps is {self.optimizer.warmup_steps}; "
-                f"there are only {self.steps} steps"
+                f"there are only {steps} steps"
             )
         for method in self.methods:
             methods.method(method, self.model.n_layers)
+
+    @property
+    def all_steps(self) -> int:
+        """Those of the RoPE model that is continued, too."""
+        return (self.rope_steps or 0) + self.steps
 
     @property
     def task(self) -> Task:
@@ -203,7 +212,8 @@ class Cell:
         return self.definition.task
 
     def method_and_model(self) -> tuple[Method, DecoderConfig]:
-        """The method, and a model of the RoPE model's number of parameters for it."""
+        """The method, and a model for it: of the RoPE model's number of parameters, or where that
+        one is continued, of its shape, with f_phi besides."""
         size = self.definition.model
         found = methods.method(self.method, size.n_layers)
         rope = DecoderConfig(
@@ -218,6 +228,8 @@ class Cell:
         found = dataclasses.replace(
             found, positions=dataclasses.replace(found.positions, init_std=std)
         )
+        if self.definition.rope_steps:
+            return found, dataclasses.replace(rope, positions=found.positions)
         return found, methods.matched(rope, found.positions)
 
     def config_hash(self) -> str:

@@ -59,7 +59,7 @@ class Worker:
         try:
             while self._reports.poll():
                 steps, self.loss, self.seconds = self._reports.recv()
-                self.done = steps / self.cell.definition.steps
+                self.done = steps / self.cell.definition.all_steps
         except EOFError:
             pass
         return self._process.exitcode
@@ -88,7 +88,7 @@ def _work(cell: Cell, out: Path, commit: str, reports: Connection) -> None:
     jax.config.update("jax_platforms", "cpu")
     from repo_jax.evidence.cell import run
 
-    parent, pace = os.getppid(), Pace(cell.definition.steps)
+    parent, pace = os.getppid(), Pace(cell.definition.all_steps)
 
     def watch(step: int, loss: float) -> None:
         if os.getppid() != parent:

@@ -10,6 +10,7 @@ import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from repo_jax import cli, from_pretrained
@@ -161,6 +162,35 @@ def test_losses_are_means_as_the_suite_says_and_a_cell_stopped_at_its_end_leaves
         rows = [n[a].mean() for n, a in zip(nll, answers, strict=True)]
         expected = np.mean(rows) if over == "examples" else nll[answers].mean()
         assert loss == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["rope", "nope", "repo_all"])
+def test_a_model_that_continues_begins_with_the_weights_that_rope_came_to(
+    method, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cells, "_CHUNK", 1)
+    chosen = dict(experiments=["reversal"], seeds=[3])
+    (base,) = load(
+        "tiny", methods=["rope"], changes=["experiments.reversal.steps=4"], **chosen
+    ).cells()
+    changes = ["experiments.reversal.rope_steps=4", "experiments.reversal.steps=3"]
+    (cell,) = load("tiny", methods=[method], changes=changes, **chosen).cells()
+    assert cell.config_hash() != base.config_hash()
+    cells.run([base], tmp_path / "base")
+    heard = {}
+    cells.run([cell], tmp_path / "out", heard.__setitem__)
+    assert list(heard) == list(range(1, 8))
+
+    _, rope = from_pretrained(cells.model_path(tmp_path / "base", base))
+    config = cell.method_and_model()[1]
+    assert config.d_ff == cell.definition.model.d_ff
+    params = init_params(RePoLM(config), jax.random.key(3))
+    params = {**rope, "layers": {**params["layers"], **rope["layers"]}}
+    batch = cell.task.training_batch(3, 4, cell.definition.batch_size)
+    logits = RePoLM(config).apply({"params": params}, batch.tokens).logits[:, :-1]
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, 1:])
+    assert heard[5] == pytest.approx(float(nll[batch.answers[:, 1:]].mean()), rel=1e-5)
+    assert len(json.loads(cells.cell_path(tmp_path / "out", cell).read_text())["losses"]) == 3
 
 
 class Clock:

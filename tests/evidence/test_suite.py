@@ -115,6 +115,7 @@ def test_the_hash_tells_whatever_changes_the_numbers():
             of(methods=["nope"]),
             of("dtype=bfloat16"),
             of("experiments.*.steps=9"),
+            of("experiments.*.rope_steps=9"),
             of("experiments.*.reversal.alphabet=5"),
             of("experiments.*.model.d_ff=72"),
             of("experiments.*.loss_over=examples"),
@@ -142,6 +143,11 @@ def test_the_hash_tells_whatever_changes_the_numbers():
         (dict(changes=["experiments.*.steps=abc"]), "steps is abc; it must be int"),
         (dict(changes=["experiments.*.steps=0"]), "experiments.reversal.steps is 0; it must be"),
         (dict(changes=["experiments.*.steps=50"]), "warmup_steps is 100; there are only 50 steps"),
+        (
+            dict(changes=["experiments.*.rope_steps=99"]),
+            "warmup_steps is 100; there are only 99 steps",
+        ),
+        (dict(changes=["experiments.*.rope_steps=0"]), "reversal.rope_steps is 0; it must be"),
         (
             dict(changes=["experiments.revresal.steps=9"]),
             "--set has 'experiments.revresal.steps=9'; the experiments are reversal, recall",

@@ -165,12 +165,16 @@ def _load(manager: TaskManager, name: str, data_dir: str | None) -> dict[str, An
     except ImportError as error:
         missing = _missing(error)
         package = missing.partition(".")[0]
-        if package and importlib.util.find_spec(package):
+        if not package.isidentifier():
+            raise ConfigError(f"the task {name} cannot be loaded: {missing}") from error
+        if importlib.util.find_spec(package):
             raise ConfigError(
                 f"the task {name} does not work with the installed {package}, which has no "
                 f"{missing}"
             ) from error
-        raise MissingPackageError(missing, f"the task {name}", "eval") from error
+        in_suites = {t.task for groups in SUITES.values() for group in groups for t in group.tasks}
+        extra = "eval" if name in in_suites else None  # which brings what the suites need
+        raise MissingPackageError(package, f"the task {name}", extra) from error
     except Exception as error:  # of whatever lies between here and the hub
         raise ConfigError(_no_data(manager, name, data_dir, error)) from error
     return dict(sorted(tasks.items()))

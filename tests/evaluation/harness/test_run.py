@@ -423,16 +423,36 @@ def test_a_package_that_is_missing_is_named(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "jieba", None)
     error = mistake(capsys, options(run, "longbench_qmsum", tmp_path))
     assert "the task longbench_qmsum needs the package 'jieba', which is not" in error
+    assert error.endswith("run: pip install 'repo-jax[eval]'")
+
+
+def needing(code: str, run, folder):
+    """The options of a task `needs` whose file of functions is this code."""
+    own = folder / "own"
+    own.mkdir()
+    text = CHOICE.format(folder=run / "own").replace("gold", "!function needs.gold")
+    (own / "needs.yaml").write_text(text.replace("task: letters", "task: needs"))
+    (own / "needs.py").write_text(code)
+    return options(run, "needs", folder, "--tasks_dir", str(own))
+
+
+def test_what_only_a_users_own_task_needs_is_no_extra_of_ours(run, tmp_path, capsys):
+    error = mistake(capsys, needing("from not_there.metrics import gold\n", run, tmp_path))
+    assert error.endswith(
+        "the task needs needs the package 'not_there', which is not installed; "
+        "run: pip install not_there"
+    )
+
+
+def test_words_of_a_tasks_own_are_passed_on(run, tmp_path, capsys):
+    code = "raise ImportError('Run pip install x first. Then again.')\n"
+    error = mistake(capsys, needing(code, run, tmp_path))
+    assert error.endswith("the task needs cannot be loaded: Run pip install x first. Then again.")
 
 
 def test_a_package_that_is_another_version_is_named(run, tmp_path, capsys):
     """To install it would not help; lm-eval's file is made to ask for what numpy never had."""
-    own = tmp_path / "own"
-    own.mkdir()
-    text = CHOICE.format(folder=run / "own").replace("gold", "!function needs.gold")
-    (own / "needs.yaml").write_text(text.replace("task: letters", "task: needs"))
-    (own / "needs.py").write_text("from numpy.never import gold\n")
-    error = mistake(capsys, options(run, "needs", tmp_path, "--tasks_dir", str(own)))
+    error = mistake(capsys, needing("from numpy.never import gold\n", run, tmp_path))
     assert (
         "the task needs does not work with the installed numpy, which has no numpy.never" in error
     )
