@@ -24,8 +24,8 @@ class EvidenceConfig:
     """What to run, or what to report.
 
     Attributes:
-      suite: laptop, structured, causes, rates, embeddings, gpu, full, tiny, or a YAML file. The
-        same command again goes on where it stopped.
+      suite: laptop, structured, continued, causes, rates, embeddings, gpu, full, tiny, or a YAML
+        file. The same command again goes on where it stopped.
       tasks: experiments of the suite, with commas between; empty: all.
       methods: instead of the suite's, with commas between.
       seeds: instead of the suite's, with commas between.
