@@ -33,3 +33,22 @@ def optimized():
     yield
     jax.clear_caches()
     jax.config.update(_UNOPTIMIZED, True)
+
+
+@pytest.fixture
+def device_flops(monkeypatch):
+    """`device_flops(module, name)`: FLOPs of one device in each call of that jitted function from
+    then on, in a list that grows."""
+
+    def watch(module, name: str) -> list[float]:
+        program, found = getattr(module, name), []
+
+        def watched(*args, **kwargs):
+            compiled = program.lower(*args, **kwargs).compile()
+            found.append(compiled.cost_analysis()["flops"])
+            return program(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+        return found
+
+    return watch

@@ -15,7 +15,7 @@ from repo_jax import cli, load_run, save_pretrained
 from repo_jax.config import DecoderConfig, MeshConfig, RopeScaling
 from repo_jax.data import ValidationBatches, byte_tokenizer, open_data, segment_ids
 from repo_jax.errors import ConfigError
-from repo_jax.evaluation import command
+from repo_jax.evaluation import by_position, command, perplexity
 from repo_jax.evaluation.command import evaluate
 from repo_jax.evaluation.config import EvalConfig
 from repo_jax.evaluation.perplexity import Score, score
@@ -127,6 +127,26 @@ def test_a_mesh_changes_rounding_alone(run, source):
         assert (ours.loss, ours.bits_per_byte) == pytest.approx(
             (theirs.loss, theirs.bits_per_byte), rel=1e-6
         )
+
+
+@pytest.mark.parametrize(
+    ("module", "program", "evaluates"),
+    [
+        (perplexity, "_batch_sums", evaluate),
+        (by_position, "log_probabilities", command.evaluate_by_position),
+    ],
+)
+def test_each_device_of_a_mesh_does_its_part(run, device_flops, module, program, evaluates):
+    folder, _, _ = run
+    text = dict(text=str(folder / "corpus"), context_lengths=(16,), max_tokens=128)
+    alone = EvalConfig(model=str(folder / "model"), **text, batch_tokens=128)
+    flops = device_flops(module, program)
+    evaluates(alone)
+    (whole,) = set(flops)
+    flops.clear()
+    evaluates(dataclasses.replace(alone, mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
+    (part,) = set(flops)
+    assert 1 / 8 < part / whole < 1 / 6  # what is small is done by all
 
 
 def test_token_files_have_no_bits_per_byte(run, capsys):

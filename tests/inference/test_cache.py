@@ -187,10 +187,12 @@ def test_repetition_penalty_and_min_p():
         ("cope", 2, 0.0, dict(fsdp=1, tensor=2)),
     ],
 )
-def test_a_mesh_changes_nothing(kind, kv_heads, temperature, mesh):
+def test_a_mesh_changes_nothing(kind, kv_heads, temperature, mesh, device_flops):
+    """But that each device does its part of the work."""
     model, params = make(kind, n_kv_heads=kv_heads, n_layers=2)
     prompts = prompts_of([3, 8, 17])
     options = dict(max_new_tokens=6, eos_ids=(), sampling=Sampling(temperature=temperature))
+    flops = device_flops(generator_module, "_decode")
     alone = Generator(model, params).complete(prompts, **options)
     size = int(np.prod(list(mesh.values())))
     mesh = sharding.make_mesh(MeshConfig(**mesh), jax.devices()[:size])
@@ -201,6 +203,8 @@ def test_a_mesh_changes_nothing(kind, kv_heads, temperature, mesh):
     for ours, theirs in zip(spread, alone, strict=True):
         assert ours.ids == theirs.ids
         np.testing.assert_allclose(ours.log_probs, theirs.log_probs, rtol=1e-4, atol=1e-4)
+    whole, part = flops
+    assert part < 1.3 * whole / size
 
 
 def test_activations_in_bfloat16_are_those_of_the_whole_pass():

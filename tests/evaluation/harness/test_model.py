@@ -293,7 +293,7 @@ def test_another_model_has_another_identity(parts):
     assert lm.scaled(None, 48).identity == lm.identity
 
 
-def test_a_mesh_changes_no_answer(parts):
+def test_a_mesh_changes_no_answer(parts, device_flops):
     """Nor what the model is called, so that answers are remembered from one mesh to another."""
     model, params, tokenizer = parts
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -303,7 +303,11 @@ def test_a_mesh_changes_no_answer(parts):
     assert spread.identity == alone.identity
     assert spread.scaled(RopeScaling(2.0, 48), None)._mesh is mesh
     pairs = ask("loglikelihood", *(("abc" * n, "efg"[: n % 3 + 1]) for n in range(5)))
-    ours, theirs = (lm.loglikelihood(pairs) for lm in (spread, alone))
+    flops = device_flops(harness, "log_probabilities")
+    ours, part = spread.loglikelihood(pairs), max(flops)
+    flops.clear()
+    theirs, whole = alone.loglikelihood(pairs), max(flops)
+    assert part < whole / 6  # each of eight devices does its part
     np.testing.assert_allclose(*([x for x, _ in answers] for answers in (ours, theirs)), rtol=1e-5)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     texts = ask("loglikelihood_rolling", ("a text",), ("a longer one",))
