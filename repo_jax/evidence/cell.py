@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +26,7 @@ from repo_jax.evidence.methods import parameter_count
 from repo_jax.evidence.suite import Cell, definition
 from repo_jax.evidence.tasks import EvaluationSet, score
 from repo_jax.flops import model_flops_per_token
-from repo_jax.interop import save_pretrained
+from repo_jax.interop import from_pretrained, save_pretrained
 from repo_jax.modeling import RePoLM, abstract_params, init_params
 from repo_jax.training.loss import cross_entropy
 from repo_jax.training.optimizer import make_optimizer
@@ -79,14 +80,18 @@ def run(
     # Not every kernel can be mapped over seeds.
     attention = "xla" if len(cells) > 1 else None
     model = RePoLM(dataclasses.replace(config, attention=attention))
-    params, losses, step_seconds = _train(cells, model, method.index_weight, watch)
+    begin = _begin(cells, model, out, watch)
+    params, losses, step_seconds = _train(cells, model, begin, method.index_weight, watch)
+    del begin
     scores = evaluate(cells, model, params, method.index_weight)
     seconds = time.perf_counter() - start
     run = first.definition
     watch(run.all_steps, float(losses[:, -1].mean()))
     for i, cell in enumerate(cells):
-        own = jax.tree.map(lambda x, i=i: x[i], params) if len(cells) > 1 else params
-        _save_model(model_path(out, cell), RePoLM(config), own, cell)
+        folder = model_path(out, cell)
+        # Of a cell that was stopped before its record; a finished one is never run again.
+        shutil.rmtree(folder, ignore_errors=True)
+        _save_model(folder, RePoLM(config), _one(params, i, len(cells)), cell)
     for i, cell in enumerate(cells):
         record = {
             "schema": SCHEMA,
@@ -138,13 +143,17 @@ def _parts(losses: np.ndarray) -> list[np.ndarray]:
 
 
 def _save_model(folder: Path, model: RePoLM, params, cell: Cell) -> None:
-    # Of a cell that was stopped before its record; a finished one is never run again.
-    temporary = folder.with_name(f".{folder.name}.part")
-    for old in (folder, temporary):
-        shutil.rmtree(old, ignore_errors=True)
-    save_pretrained(temporary, model, params, format="repo_jax")
-    cell.task.tokenizer().save(temporary)
-    temporary.rename(folder)
+    """All of the folder or none; one that is there is kept."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder.parent) as part:
+        whole = Path(part) / folder.name
+        save_pretrained(whole, model, params, format="repo_jax")
+        cell.task.tokenizer().save(whole)
+        try:
+            whole.rename(folder)
+        except OSError:  # another process was sooner, with the same weights
+            if not folder.is_dir():
+                raise
 
 
 def _optimizer_config(cell: Cell, has_positions: bool) -> OptimizerConfig:
@@ -154,19 +163,52 @@ def _optimizer_config(cell: Cell, has_positions: bool) -> OptimizerConfig:
     return dataclasses.replace(config, rates={"layers/repositioning/.*": rate, **config.rates})
 
 
-def _train(cells: Sequence[Cell], model: RePoLM, index_weight: float, watch: Watch):
+def _begin(cells: Sequence[Cell], model: RePoLM, out: Path, watch: Watch) -> list[Any]:
+    """The weights that each cell begins with."""
+    new = [init_params(model, jax.random.key(cell.seed)) for cell in cells]
+    if not cells[0].definition.rope_steps:
+        return new
+    old = _after_rope(cells, model, out, watch)
+    both = lambda new, old: unflatten_dict(flatten_dict(new) | flatten_dict(old))
+    return [both(*weights) for weights in zip(new, old, strict=True)]
+
+
+def _after_rope(cells: Sequence[Cell], model: RePoLM, out: Path, watch: Watch) -> list[Any]:
+    """The weights that RoPE comes to in each cell's `rope_steps`. All methods continue them, so
+    they are kept in `out`."""
+    run = cells[0].definition
+    run = dataclasses.replace(run, steps=run.rope_steps, rope_steps=None)
+    positions = PositionConfig(preset="rope")
+    model = RePoLM(dataclasses.replace(model.config, positions=positions))
+    cells = [dataclasses.replace(cell, method="rope", definition=run) for cell in cells]
+    folders = [out / "continued" / f"{cell.name}-{cell.config_hash()}" for cell in cells]
+    if not all(folder.is_dir() for folder in folders):
+        new = [init_params(model, jax.random.key(cell.seed)) for cell in cells]
+        params, *_ = _train(cells, model, new, 0.0, watch)
+        for i, (cell, folder) in enumerate(zip(cells, folders, strict=True)):
+            _save_model(folder, model, _one(params, i, len(cells)), cell)
+    return [from_pretrained(folder)[1] for folder in folders]
+
+
+def _one(params, i: int, n: int):
+    """Of cell i of n that were trained together."""
+    return jax.tree.map(lambda x: x[i], params) if n > 1 else params
+
+
+def _train(
+    cells: Sequence[Cell], model: RePoLM, begin: list[Any], index_weight: float, watch: Watch
+):
     """Parameters (with a leading axis if there are several cells), losses [cells, steps], and
-    seconds of a step, for all cells together, without compilation."""
+    seconds of a step, for all cells together, without compilation.
+
+    begin: the weights of each cell before.
+    """
     run, task, several = cells[0].definition, cells[0].task, len(cells) > 1
-    stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees) if several else trees[0]
-    params = stack([init_params(model, jax.random.key(cell.seed)) for cell in cells])
     before = run.rope_steps or 0
-    if before:
-        old = _train(*_rope(cells, model), 0.0, watch)[0]
-        params = unflatten_dict(flatten_dict(params) | flatten_dict(old))
+    stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees) if several else trees[0]
     optimizer, steps = training_steps(cells[0], model, index_weight)
-    new = lambda params: create_state(params, optimizer, seed=0)
-    state = jax.jit(jax.vmap(new) if several else new)(params)
+    new = jax.jit(lambda params: create_state(params, optimizer, seed=0))
+    state = stack([new(params) for params in begin])
     steps = jax.jit(jax.vmap(steps) if several else steps, donate_argnums=0)
 
     def batches(cell: Cell, first: int):
@@ -191,14 +233,6 @@ def _train(cells: Sequence[Cell], model: RePoLM, index_weight: float, watch: Wat
             seconds.append((time.perf_counter() - start) / size)
             watch(before + first + size, float(losses[-1][:, -1].mean()))
     return state.params, np.concatenate(losses, 1), float(np.median(seconds))
-
-
-def _rope(cells: Sequence[Cell], model: RePoLM) -> tuple[list[Cell], RePoLM]:
-    """The cells and the model that these continue."""
-    run = cells[0].definition
-    run = dataclasses.replace(run, steps=run.rope_steps, rope_steps=None)
-    rope = dataclasses.replace(model.config, positions=PositionConfig(preset="rope"))
-    return [dataclasses.replace(c, method="rope", definition=run) for c in cells], RePoLM(rope)
 
 
 def training_steps(

@@ -51,9 +51,8 @@ class Experiment:
       position_rate: a factor on the learning rate of f_phi.
       position_init_std: of new weights that make positions; None: the model's `init_std`.
       steps, batch_size: of the training.
-      rope_steps: of a RoPE model's training, in each cell, whose weights are then trained with
-        the method's positions for `steps` more, as in continual pretraining; None: weights are
-        new.
+      rope_steps: of a RoPE model's training, whose weights are then trained with the method's
+        positions for `steps` more, as in continual pretraining; None: weights are new.
       z_loss: weight of mean(logsumexp ** 2).
       loss_over: what the loss of a batch is a mean over: all its `answers`, or its `examples`, of
         each of which it is the mean over its answers.

@@ -1,5 +1,6 @@
 """A suite is run, stopped, killed and resumed; a cell run again gives the same bits."""
 
+import dataclasses
 import json
 import os
 import re
@@ -191,6 +192,14 @@ def test_a_model_that_continues_begins_with_the_weights_that_rope_came_to(
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, 1:])
     assert heard[5] == pytest.approx(float(nll[batch.answers[:, 1:]].mean()), rel=1e-5)
     assert len(json.loads(cells.cell_path(tmp_path / "out", cell).read_text())["losses"]) == 3
+
+    # Another method goes on from the same weights, which are not trained again.
+    (kept,) = (tmp_path / "out" / "continued").iterdir()
+    weights = (cells.model_path(tmp_path / "base", base) / "model.safetensors").read_bytes()
+    assert (kept / "model.safetensors").read_bytes() == weights
+    heard.clear()
+    cells.run([dataclasses.replace(cell, method="r2n1")], tmp_path / "out", heard.__setitem__)
+    assert list(heard) == [5, 6, 7]
 
 
 class Clock:
