@@ -14,8 +14,8 @@ training, or the nearest to it:
 The first token of rows, which is always the same, is left out. The table has the least and the
 most over heads and seeds; the JSON file every head.
 
-Then the share of right answers in the suite's headline (or all) sets when layers of the trained
-model lose their positions: mean over seeds, least and most.
+Then the share of right answers (of text, bits per byte) in the suite's headline (or all) sets
+when layers of the trained model lose their positions: mean over seeds, least and most.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def ablate(c: Cell, folder: Path) -> list[dict]:
     for layers in dict.fromkeys(choices):
         (found,) = cell.evaluate([c], *without(model, params, layers), weight)
         rows += [
-            {"without": list(layers), "set": row["set"], "exact": row["exact"]}
+            {"without": list(layers), "set": row["set"], "value": row[c.task.metric]}
             for row in [*found, *means_over_kinds(found)]
         ]
     return rows
@@ -134,7 +134,7 @@ def ablation_table(rows: list[dict], sets) -> list[str]:
     rows = [{**row, "layers": ", ".join(map(str, row["without"])) or "none"} for row in rows]
 
     def share(same, name):
-        found = [row["exact"] for row in same if row["set"] == name]
+        found = [row["value"] for row in same if row["set"] == name]
         return f"{np.mean(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
     return harness.table(
@@ -180,7 +180,9 @@ def main():
         own = [row for row in ablations if row["experiment"] == name]
         if own:
             sets = experiment.headline or list(dict.fromkeys(row["set"] for row in own))
-            lines += [f"Right answers of {name}, mean over seeds (least to most):", ""]
+            what = {"exact": "Right answers", "bits_per_byte": "Bits per byte"}
+            title = f"{what[experiment.task.metric]} of {name}"
+            lines += [f"{title}, mean over seeds (least to most):", ""]
             lines += ablation_table(own, sets)
     lines += [
         f"- {len(cells)} models; commit {about.commit()}",
