@@ -80,9 +80,9 @@ def run(
     # Not every kernel can be mapped over seeds.
     attention = "xla" if len(cells) > 1 else None
     model = RePoLM(dataclasses.replace(config, attention=attention))
-    begin = _begin(cells, model, out, watch)
-    params, losses, step_seconds = _train(cells, model, begin, method.index_weight, watch)
-    del begin
+    params, losses, step_seconds = _train(
+        cells, model, _begin(cells, model, out, watch), method.index_weight, watch
+    )
     scores = evaluate(cells, model, params, method.index_weight)
     seconds = time.perf_counter() - start
     run = first.definition
@@ -209,6 +209,7 @@ def _train(
     optimizer, steps = training_steps(cells[0], model, index_weight)
     new = jax.jit(lambda params: create_state(params, optimizer, seed=0))
     state = stack([new(params) for params in begin])
+    del begin  # and its memory
     steps = jax.jit(jax.vmap(steps) if several else steps, donate_argnums=0)
 
     def batches(cell: Cell, first: int):
