@@ -1,0 +1,200 @@
+"""What eval.py --tasks refuses, and in which words."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.evaluation.harness.asking import mistake, options
+from tests.evaluation.harness.task_files import CHOICE
+from tests.tiny_runs import ROOT
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["--tasks", "nlgraph_conectivity"],
+            r"'nlgraph_conectivity', which is no suite .* did you mean nlgraph_connectivity\?",
+        ),
+        (["--tasks", "letters,letters"], r"--tasks names letters twice"),
+        (
+            ["--tasks", "nlgraph_flow"],
+            r"the data of the task nlgraph_flow cannot be had .*; put nlgraph/flow.json of .* into "
+            r"/.*/data and give --data_dir, or",
+        ),
+        (["--data_dir", "nowhere"], r"--data_dir nowhere: there is no such folder"),
+        (["--haystack", "straw"], r"haystack.*straw"),
+        (["--haystack", "noise"], r"--haystack is noise; none of --tasks, letters, hides"),
+        (
+            ["--tasks", "needle_multikey", "--haystack", "essay"],
+            r"the haystack essay needs a text in DATA_DIR/ruler/essays.txt",
+        ),
+        (["--task_length", "0"], r"--task_length is 0; it must be positive"),
+        (
+            ["--tasks", "letters,noisy", "--task_length", "900", "--limit", "1"],
+            r"--task_length is 900, which is for needle_single, .*; --tasks names none of them",
+        ),
+        (
+            ["--tasks", "variable_tracking", "--task_length", "600"],
+            r"variable_tracking without noise has \d+ tokens; the length 600 leaves room for 570",
+        ),
+        (["--limit", "0"], r"--limit is 0; it must be positive"),
+        (["--num_fewshot", "-1"], r"--num_fewshot is -1; it must be 0 or more"),
+        (["--text", "notes"], r"--tasks and --text exclude each other"),
+        (["--tasks", ""], r"--tasks_dir needs --tasks"),
+        (
+            ["--tasks", "needle_single", "--batch_tokens", "0"],
+            r"--batch_tokens is 0; it must be positive",
+        ),
+    ],
+)
+def test_mistakes(run, tmp_path, capsys, monkeypatch, changes, message):
+    no_network(monkeypatch)
+    assert re.search(message, mistake(capsys, options(run, "letters", tmp_path, *changes)))
+    assert not (tmp_path / "evaluation").exists()
+
+
+def no_network(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize(
+    ("task", "what"),
+    [
+        (
+            "far_easy",
+            "fetch the data set nobody/far (configuration Easy) from huggingface.co by running "
+            "once with a network, or copy the cache of such a run (HF_HOME), or put a copy of its "
+            "repository into DATA_DIR/nobody/far and give --data_dir",
+        ),
+        (
+            "far",
+            "fetch the data set nobody/far (configuration Easy, Hard) and nobody/farther from "
+            "huggingface.co by running once with a network, or copy the cache of such a run "
+            "(HF_HOME), or put a copy of its repository into DATA_DIR/nobody/far and "
+            "DATA_DIR/nobody/farther and give --data_dir",
+        ),
+        ("near", "the files are named in data_files of the task's file"),
+        (
+            "hybridqa",
+            "put hybridqa/dev.json and hybridqa/tables_tok/ of github.com/wenhuchen/HybridQA into "
+            "DATA_DIR and give --data_dir, or run once with a network, which fetches "
+            "huayangli/hybrid_qa",
+        ),
+    ],
+)
+def test_missing_data_is_named_with_its_place(run, tmp_path, capsys, monkeypatch, task, what):
+    no_network(monkeypatch)
+    own = tmp_path / "own"
+    own.mkdir()
+    text = CHOICE.format(folder=tmp_path)
+    (own / "near.yaml").write_text(text.replace("task: letters", "task: near"))
+    for name, path in (("easy", "far"), ("hard", "far"), ("other", "farther")):
+        changed = text.replace("task: letters", f"task: far_{name}\ntag: far")
+        changed = changed.replace("dataset_path: json", f"dataset_path: nobody/{path}")
+        configuration = f"dataset_name: {name.title()}" if path == "far" else ""
+        changed = re.sub("dataset_kwargs: .*", configuration, changed)
+        (own / f"{name}.yaml").write_text(changed)
+    given = ["--run", str(run / "run"), "--tasks", task, "--tasks_dir", str(own)]
+    error = mistake(capsys, [*given, "--output", str(tmp_path / "out")])
+    before, reason, after = re.fullmatch(r"(error: .*? \()(.*)(\); .*)", error).groups()
+    assert before == f"error: the data of the task {task} cannot be had ("
+    assert reason
+    assert after == f"); {what}"
+
+
+def test_a_package_that_is_missing_is_named(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "repo_jax.evaluation.harness.tasks.needles", raising=False)
+    monkeypatch.setitem(sys.modules, "wonderwords", None)
+    error = mistake(capsys, options(run, "needle_single", tmp_path))
+    assert "the task needle_single needs the package 'wonderwords', which is not" in error
+    monkeypatch.delitem(sys.modules, "lm_eval.tasks.longbench.metrics", raising=False)
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    error = mistake(capsys, options(run, "longbench_qmsum", tmp_path))
+    assert "the task longbench_qmsum needs the package 'jieba', which is not" in error
+    assert error.endswith("run: pip install 'repo-jax[eval]'")
+
+
+def needing(code: str, run, folder):
+    """The options of a task `needs` whose file of functions is this code."""
+    own = folder / "own"
+    own.mkdir()
+    text = CHOICE.format(folder=run / "own").replace("gold", "!function needs.gold")
+    (own / "needs.yaml").write_text(text.replace("task: letters", "task: needs"))
+    (own / "needs.py").write_text(code)
+    return options(run, "needs", folder, "--tasks_dir", str(own))
+
+
+def test_what_only_a_users_own_task_needs_is_no_extra_of_ours(run, tmp_path, capsys):
+    error = mistake(capsys, needing("from not_there.metrics import gold\n", run, tmp_path))
+    assert error.endswith(
+        "the task needs needs the package 'not_there', which is not installed; "
+        "run: pip install not_there"
+    )
+
+
+def test_words_of_a_tasks_own_are_passed_on(run, tmp_path, capsys):
+    code = "raise ImportError('Run pip install x first. Then again.')\n"
+    error = mistake(capsys, needing(code, run, tmp_path))
+    assert error.endswith("the task needs cannot be loaded: Run pip install x first. Then again.")
+
+
+def test_a_package_that_is_another_version_is_named(run, tmp_path, capsys):
+    """To install it would not help; lm-eval's file is made to ask for what numpy never had."""
+    error = mistake(capsys, needing("from numpy.never import gold\n", run, tmp_path))
+    assert (
+        "the task needs does not work with the installed numpy, which has no numpy.never" in error
+    )
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "purpose"),
+    [
+        ("eval.py", ["--tasks", "letters", "--run", "."], "--tasks"),
+        ("repo_jax/evaluation/harness/__main__.py", ["--model", "repo_jax"], "lm-eval's command"),
+    ],
+)
+def test_lm_eval_that_is_missing_is_one_sentence(tmp_path, program, arguments, purpose):
+    """In a process that has not imported it, as if it were not installed."""
+    code = f"""if True:
+        import runpy, sys
+
+        class Missing:
+            def find_spec(self, name, *_):
+                if name == "lm_eval":
+                    raise ModuleNotFoundError(name=name)
+
+        sys.meta_path.insert(0, Missing())
+        runpy.run_path({str(ROOT / program)!r}, run_name="__main__")
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == (
+        f"error: {purpose} needs the package 'lm_eval', which is not installed; "
+        "run: pip install 'repo-jax[eval]'\n"
+    )
+    assert not any(tmp_path.iterdir())
+
+
+def test_lm_eval_is_imported_when_it_is_used_only():
+    program = (
+        "import sys, repo_jax, repo_jax.evaluation.command, repo_jax.evaluation.harness.compare\n"
+        "assert 'lm_eval' not in sys.modules and 'datasets' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_a_model_needs_somewhere_to_write(run, capsys):
+    given = ["--model", str(run / "model"), "--tasks", "letters", "--tasks_dir", str(run / "own")]
+    assert "--model with --tasks needs --output" in mistake(capsys, given)
