@@ -19,6 +19,8 @@ RematPolicy = Literal["none", "full", "attention", "dots"]
 AttentionName = Literal["xla", "pallas_tpu", "pallas_gpu", "cudnn", "reference"]
 Dtype = Literal["float32", "bfloat16"]
 
+_OLMO2_LENGTH = 4096
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -122,7 +124,7 @@ class RopeScaling:
 
     Attributes:
       factor: how many times longer the context may get.
-      original_length: tokens the model was trained on. None: the model's `max_length`.
+      original_length: tokens the model was trained on. None: the model's `trained_length`.
       beta_fast, beta_slow: turns over `original_length` above which a pair keeps its
         frequency, and below which it is divided by `factor`; a linear ramp between.
     """
@@ -146,7 +148,9 @@ class DecoderConfig:
       d_model, n_layers, n_heads, d_ff: widths and depth.
       n_kv_heads: key/value heads; None: n_heads.
       head_dim: None: d_model / n_heads.
-      max_length: context length trained on; a fact for exports and YaRN, not a limit.
+      max_length: context length trained on; a fact for exports and YaRN, not a limit. None: not
+        known, see `trained_length`. In a run without YaRN it is at least `data.sequence_length`,
+        and that if None; weights of `init.checkpoint` that saw longer texts keep their length.
       rope_theta: base of the rotary frequencies.
       norm_eps: of every RMSNorm.
       init_std: standard deviation of the truncated normal (cut at 3 sigma) of all weights.
@@ -170,7 +174,7 @@ class DecoderConfig:
     d_ff: int
     n_kv_heads: int | None = None
     head_dim: int | None = None
-    max_length: int = 4096
+    max_length: int | None = None
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-6
     init_std: float = 0.02
@@ -215,13 +219,20 @@ class DecoderConfig:
         self.positions.kinds(self.n_layers)
         scaling = self.rope_scaling
         if scaling is not None and scaling.original_length is None:
-            scaling = dataclasses.replace(scaling, original_length=self.max_length)
+            scaling = dataclasses.replace(scaling, original_length=self.trained_length)
             object.__setattr__(self, "rope_scaling", scaling)
+        if scaling is not None and self.max_length is None:
+            object.__setattr__(self, "max_length", scaling.original_length)
 
     @property
     def kinds(self) -> tuple[PositionKind, ...]:
         """The position kind of each layer."""
         return self.positions.kinds(self.n_layers)
+
+    @property
+    def trained_length(self) -> int:
+        """`max_length`, or where that is not known 4096, as OLMo 2 was trained on."""
+        return _OLMO2_LENGTH if self.max_length is None else self.max_length
 
     @property
     def d_position(self) -> int:
@@ -239,7 +250,7 @@ class DecoderConfig:
         return {"kv": self.n_kv_heads, "query": self.n_heads, "shared": 1}[self.positions.heads]
 
 
-_OLMO2 = dict(vocab_size=100352, eos_ids=(100257,), pad_id=100277)
+_OLMO2 = dict(vocab_size=100352, max_length=_OLMO2_LENGTH, eos_ids=(100257,), pad_id=100277)
 
 # OLMo 2 (arXiv 2501.00656), as published on the Hugging Face hub.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -581,6 +592,11 @@ class TrainConfig:
             f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; the schedule has "
             f"only {schedule} steps",
         )
+        # With YaRN max_length is the length before it, which a run's windows do not tell.
+        length = max(self.model.max_length or 0, self.data.sequence_length)
+        if self.model.rope_scaling is None and self.model.max_length != length:
+            model = dataclasses.replace(self.model, max_length=length)
+            object.__setattr__(self, "model", model)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def analyse(
         if not value >= least:
             raise ConfigError(f"{what} is {value}; it must be {least} or above")
     if not labelled:
-        length = model.config.max_length
+        length = model.config.trained_length
         labelled = needle_prompts(
             *(tokenizer, length, needle_length, needle_kind), prompts=prompts, seed=seed
         )

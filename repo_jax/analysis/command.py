@@ -158,7 +158,7 @@ def _sources(config: PositionsConfig) -> list[_Source]:
             labelled = read_labelled(config.labelled, tokenizer)
         else:
             labelled = needle_prompts(
-                *(tokenizer, found.max_length, config.needle_length, config.needle_kind),
+                *(tokenizer, found.trained_length, config.needle_length, config.needle_kind),
                 prompts=config.prompts,
                 seed=config.seed,
             )

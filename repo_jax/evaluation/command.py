@@ -128,7 +128,7 @@ def _open(config: EvalConfig) -> tuple[Loaded, Data]:
         if not own_text:
             return loaded, open_data(section, model)
     else:
-        section = DataConfig(sequence_length=model.max_length)
+        section = DataConfig(sequence_length=model.trained_length)
     if config.tokens:
         section = dataclasses.replace(
             section, text=(), tokens=(), sources={}, validation_tokens=config.tokens

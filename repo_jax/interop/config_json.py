@@ -116,7 +116,7 @@ def write(config: DecoderConfig, weights_dtype: str, format: Format) -> dict[str
         "num_attention_heads": c.n_heads,
         "num_key_value_heads": c.n_kv_heads,
         "hidden_act": "silu",
-        "max_position_embeddings": c.max_length,
+        "max_position_embeddings": c.trained_length,
         "initializer_range": c.init_std,
         "rms_norm_eps": c.norm_eps,
         "rope_theta": c.rope_theta,

@@ -79,9 +79,13 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
         if finished is not None:
             return Summary(finished, True, None, None)
         data = distributed.main_first(lambda: open_data(config.data, config.model))
+        facts = {}  # of the model, which a config need not name
         if not config.model.eos_ids and data.eos_id is not None:
-            model_config = dataclasses.replace(config.model, eos_ids=(data.eos_id,))
-            config = dataclasses.replace(config, model=model_config)
+            facts["eos_ids"] = (data.eos_id,)
+        if config.init.checkpoint is not None and config.model.rope_scaling is None:
+            before = distributed.on_main(lambda: _length_before(config, run_dir))
+            facts["max_length"] = max(config.model.max_length, before)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **facts))
         rows = sharding.local_rows(mesh, config.data.batch_size)
         batches = distributed.everywhere(lambda: data.training_batches(rows))
         program = make_program(config, mesh)
@@ -186,6 +190,17 @@ def _first_state(config: TrainConfig, program: Program) -> TrainState:
         return params
 
     return program.create_state(distributed.everywhere(load), seed)
+
+
+def _length_before(config: TrainConfig, run_dir: Path) -> int:
+    """Tokens that the weights to start from were trained on."""
+    if (run_dir / "config.yaml").is_file():  # the checkpoint may be gone by now
+        return run_directory.read_config(run_dir).model.max_length
+    from repo_jax.interop import config_json
+    from repo_jax.interop.hub import locate
+
+    folder = locate(config.init.checkpoint, config.init.revision)
+    return config_json.read_folder(folder, None).trained_length
 
 
 def _check_init(config: TrainConfig) -> None:

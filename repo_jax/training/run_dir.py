@@ -25,6 +25,7 @@ _FREE = {
     "mesh.slices",
     "mesh.tensor",
     "model.attention",
+    "model.max_length",  # a fact; where YaRN reads it, rope_scaling has a copy
     "model.remat",
     "training.accumulation",
     "training.checkpoint_dir",

@@ -231,7 +231,7 @@ REPO = PositionConfig("repo")
         ),
         ({"head_dim": 6}, "head_dim is 6"),
         (
-            {"rope_scaling": RopeScaling(2.0, 2048)},
+            {"rope_scaling": RopeScaling(2.0, 2048), "max_length": 4096},
             "original_length is 2048 and model.max_length is 4096",
         ),
         ({"rope_scaling": RopeScaling(1.3, 4096)}, "rope_scaling.factor is 1.3"),

@@ -77,7 +77,7 @@ class RepoJaxLM(TemplateLM):
     ):
         super().__init__()
         scaling = model.config.rope_scaling
-        trained = model.config.max_length
+        trained = model.config.trained_length
         reach = trained if scaling is None else int(scaling.factor * scaling.original_length)
         self.max_length = reach if max_length is None else max_length
         self._model, self._params, self._tokenizer = model, params, tokenizer
