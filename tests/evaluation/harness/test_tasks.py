@@ -74,17 +74,31 @@ def scores(task, outputs):
             [1, 0],
         ),
         ("connectivity", ["know", "nothing"], [0, 0], [0, 1]),
+        ("connectivity", ["The answer is yes. There is no shorter path."] * 2, [1, 0], [1, 0]),
+        ("connectivity", ["Yes, and there is no shorter path.", "No. Yes."], [1, 0], [0, 1]),
+        ("connectivity", ["There is a path: 0,1,2.", "There is no path."], [1, 1], [0, 1]),
+        ("connectivity", ["The answer is yes or no.", "Yes or no?"], [0, 0], [1, 1]),
         ("cycle", ["Yes, there is a cycle in this graph."] * 2, [1, 0], [1, 0]),
         ("cycle", ["No, there is no cycle in this graph."] * 2, [0, 1], [0, 1]),
         ("cycle", ["", ""], [0, 0], [0, 1]),
+        ("cycle", ["There is a cycle in this graph."] * 2, [1, 0], [1, 0]),
+        ("cycle", ["There is no cycle in this graph."] * 2, [0, 1], [0, 1]),
+        ("cycle", ["Yes, there is no cycle in this graph."] * 2, [0, 0], [0, 1]),
+        ("cycle", ["Let us see if there is a cycle in this graph."] * 2, [0, 0], [1, 0]),
         ("flow", ["The maximum flow from node 0 to node 2 is 7."], [1], [1]),
         ("flow", ["The maximum flow from node 0 to node 2 is 17."], [0], [1]),
         ("flow", [" 7"], [1], [0]),
+        ("flow", ["The maximum flow from 0 to 2 is 7"], [1], [0]),
+        ("flow", ["The capacity is 9 and 7, so the answer is 7 units."], [1], [0]),
+        ("flow", ["The answer is 7, or it is 9."], [0], [0]),
         ("flow", ["between 3 and 7"], [0], [0]),
         ("flow", [""], [0], [0]),
         ("shortest_path", ["The shortest path from node 0 to node 4 is 0,3,4 with"], [1], [1]),
         ("shortest_path", [" 0, 3, 4"], [1], [0]),
+        ("shortest_path", ["The shortest path from node 0 to node 4 is 0, 3, 4 with a"], [1], [0]),
+        ("shortest_path", ["The shortest path from 0 to 4 is 0,3,4, not 0,1,4"], [1], [0]),
         ("shortest_path", ["The shortest path from node 0 to node 4 is 0,3,4,5"], [0], [1]),
+        ("shortest_path", ["The shortest path from node 0 to node 4 is 0, 3"], [0], [0]),
         ("shortest_path", ["0,3,4 or 0,4"], [0], [0]),
     ],
 )
@@ -107,7 +121,8 @@ def test_nlgraph_takes_one_answer_or_none(graph, text):
     assert found is None or found in "".join(text.split()).lower()
     if graph in ("connectivity", "cycle"):
         assert found in (None, "yes", "no")
-        assert nlgraph.definite_answer(graph, f"{text} yes or no") is None
+        # Words that leave it open make no answer of what is none.
+        assert nlgraph.definite_answer(graph, f"{text} yes or no") in (None, found)
 
 
 def test_nlgraph_as_its_repository_lays_it_out(tmp_path):

@@ -13,6 +13,22 @@ _HUB = "huayangli/nlgraph"
 _FLOW = re.compile(r"maximum flow from node \d+ to node \d+ is (\d+)")
 _PATH = re.compile(r"shortest path from node \d+ to node \d+ is ([\d,]+)")
 _YES_NO = {"connectivity": "answer is yes", "cycle": "there is a cycle in this graph"}
+# What a definite answer looks like, the plainest first. All that the first pattern to find any
+# verdict finds must agree; that there is "a" cycle or path is a yes.
+_VERDICTS = (
+    r"answer is (yes|no)\b(?! or\b)",
+    r"(?<!if )(?<!whether )there is (a|no) (?:cycle|path)\b|"
+    r"(?:^|[.!?\n])\s*(yes|no)(?=\s*(?:[.,;:!\n]|$))",
+    r"\b(yes|no)\b",
+)
+_STATED = {
+    "flow": (
+        r"maximum flow from (?:node )?\d+ to (?:node )?\d+ is (\d+)",
+        r"(?s:.*)\bis:?\s+(\d+)",  # the last
+    ),
+    "shortest_path": (r"shortest path from (?:node )?\d+ to (?:node )?\d+ is ([\d,]+)",),
+}
+_ALONE = {"flow": r"\d+", "shortest_path": r"\d+(?:,\d+)+"}
 # Where a model goes on with a question of its own.
 _NEXT_QUESTION = re.compile(r"\n\s*(?:Q:|Graph:|Question:|Determine if|In an? )")
 
@@ -75,11 +91,13 @@ def published_answer(graph: str, text: str) -> str:
 def definite_answer(graph: str, text: str) -> str | None:
     """The one answer that a text gives; None where there is none, or more than one."""
     text = _NEXT_QUESTION.split(text, maxsplit=1)[0].lower()
+    text = re.sub(r"\s*,\s*", ",", text)
     if graph in _YES_NO:
-        said = set(re.findall(r"\b(yes|no)\b", text))
-    elif found := (_FLOW if graph == "flow" else _PATH).search(text):
-        said = {found[1].rstrip(",")}
+        found = (["".join(v) for v in re.findall(pattern, text)] for pattern in _VERDICTS)
+        said = {"yes" if verdict == "a" else verdict for verdict in next(filter(None, found), ())}
     else:
-        number = r"\d+" if graph == "flow" else r"\d+(?:\s*,\s*\d+)+"
-        said = {re.sub(r"\s", "", answer) for answer in re.findall(number, text)}
+        for pattern in _STATED[graph]:
+            if found := re.search(pattern, text):
+                return found[1].strip(",") or None
+        said = set(re.findall(_ALONE[graph], text))
     return said.pop() if len(said) == 1 else None
