@@ -191,18 +191,19 @@ def _no_data(manager: TaskManager, name: str, data_dir: str | None, error: Excep
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
     place = data_dir or "DATA_DIR"
     first, _, kind = name.partition("_")
-    files, source, hub = {
-        "nlgraph": (f"nlgraph/{kind}.json", "Arthur-Heng/NLGraph", "huayangli/nlgraph"),
+    files, hub = {
+        "nlgraph": (f"nlgraph/{kind}.json of github.com/Arthur-Heng/NLGraph", "huayangli/nlgraph"),
         "hybridqa": (
-            *("hybridqa/dev.json and hybridqa/tables_tok/", "wenhuchen/HybridQA"),
+            "hybridqa/dev.traced.json of github.com/wenhuchen/HybridQA and hybridqa/tables_tok/ of "
+            "github.com/wenhuchen/WikiTables-WithLinks",
             "huayangli/hybrid_qa",
         ),
-    }.get(first, ("", "", ""))
+    }.get(first, ("", ""))
     wanted = _data_sets(manager, name)
     if files:
         what = (
-            f"put {files} of github.com/{source} into {place} and give --data_dir, or run once "
-            f"with a network, which fetches {hub}"
+            f"put {files} into {place} and give --data_dir, or run once with a network, which "
+            f"fetches {hub}"
         )
     elif wanted:
         folders = " and ".join(f"{place}/{path}" for path in wanted)

@@ -82,9 +82,9 @@ def no_network(monkeypatch):
         ("near", "the files are named in data_files of the task's file"),
         (
             "hybridqa",
-            "put hybridqa/dev.json and hybridqa/tables_tok/ of github.com/wenhuchen/HybridQA into "
-            "DATA_DIR and give --data_dir, or run once with a network, which fetches "
-            "huayangli/hybrid_qa",
+            "put hybridqa/dev.traced.json of github.com/wenhuchen/HybridQA and "
+            "hybridqa/tables_tok/ of github.com/wenhuchen/WikiTables-WithLinks into DATA_DIR and "
+            "give --data_dir, or run once with a network, which fetches huayangli/hybrid_qa",
         ),
     ],
 )

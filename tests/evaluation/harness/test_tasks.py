@@ -156,7 +156,7 @@ def test_nlgraph_files_that_are_something_else(tmp_path, content, message):
         nlgraph.documents("connectivity", str(tmp_path))
 
 
-# As in HybridQA's dev.json and tables_tok.
+# As in WikiTables-WithLinks' tables_tok.
 TABLE = {
     "url": "https://en.wikipedia.org/wiki/Stadiums",
     "title": "Stadiums",
@@ -168,34 +168,46 @@ TABLE = {
     "section_title": "",
 }
 TABLE_TEXT = "Stadiums\n| Name | Capacity |\n| The Grove | 12,000 |\n| Lake Field | 8,500 |"
+
+
+def hybridqa_row(question, answer, **where):
+    tags = {"question_postag": "WP VBZ .", "question_id": "00153f694413a536"}
+    row = {"table_id": "Stadiums_0", "question": question, "answer-text": answer}
+    return row | tags | {name.replace("_", "-"): value for name, value in where.items()}
+
+
+# The kinds of the places that have the answer; the first two rows can be answered by the table.
 HYBRIDQA = [
-    {
-        "table_id": 7,
-        "question": "Which holds 12,000 ?",
-        "answer-text": "The Grove",
-        "where": "table",
-    },
-    {
-        "table_id": 7,
-        "question": "How many does Lake Field hold ?",
-        "answer-text": "8,500",
-        "where": "table",
-    },
-    {"table_id": 7, "question": "Who built it ?", "answer-text": "Jerry", "where": "passage"},
+    ("Which holds 12,000 ?", "The Grove", ["table"]),
+    ("How many does Lake Field hold ?", "8,500", ["table", "table"]),
+    ("Which is by a lake ?", "Lake Field", ["table", "passage"]),
+    ("Who built it ?", "Jerry", ["passage"]),
+    ("How many are there ?", "2", []),
+]
+# As in HybridQA's dev.traced.json, and in its dev.json before tables had names.
+TRACED = [
+    hybridqa_row(question, answer, answer_node=[[answer, [0, 0], None, kind] for kind in kinds])
+    for question, answer, kinds in HYBRIDQA
+]
+OLDER = [
+    hybridqa_row(question, answer, where="table" if set(kinds) == {"table"} else "passage")
+    for question, answer, kinds in HYBRIDQA
 ]
 
 
-def test_hybridqa(tmp_path):
+@pytest.mark.parametrize(("name", "rows"), [("dev.traced.json", TRACED), ("dev.json", OLDER)])
+def test_hybridqa(tmp_path, name, rows):
     folder = tmp_path / "hybridqa"
     (folder / "tables_tok").mkdir(parents=True)
-    (folder / "dev.json").write_text(json.dumps(HYBRIDQA))
-    with pytest.raises(ConfigError, match=r"has the table_id 7; there is no .*tables_tok/7.json"):
+    (folder / name).write_text(json.dumps(rows))
+    message = r"has the table_id Stadiums_0; there is no .*tables_tok/Stadiums_0.json"
+    with pytest.raises(ConfigError, match=message):
         hybridqa.documents(str(tmp_path))
-    (folder / "tables_tok" / "7.json").write_text(json.dumps(TABLE))
+    (folder / "tables_tok" / "Stadiums_0.json").write_text(json.dumps(TABLE))
     task = load("hybridqa", data_dir=str(tmp_path))
     prompts = [task.doc_to_text(doc) for doc in task.test_docs()]
     assert prompts == [
-        f"{TABLE_TEXT}\n\nQuestion: {row['question']}\nAnswer:" for row in HYBRIDQA[:2]
+        f"{TABLE_TEXT}\n\nQuestion: {question}\nAnswer:" for question, _, _ in HYBRIDQA[:2]
     ]
     for outputs, expected in (
         ([" The Grove.", " 8,500"], [1, 1]),
@@ -204,6 +216,16 @@ def test_hybridqa(tmp_path):
         ([" Lake Field", " 850"], [0, 0]),
     ):
         assert [row["substring_match"] for row in scores(task, outputs)] == expected
+
+
+def test_hybridqa_rows_that_do_not_say_where_the_answer_is(tmp_path):
+    """As in dev.json of today, of which most questions are not answered by the table."""
+    (tmp_path / "hybridqa").mkdir()
+    rows = [hybridqa_row(question, answer) for question, answer, _ in HYBRIDQA]
+    (tmp_path / "hybridqa" / "dev.json").write_text(json.dumps(rows))
+    message = r"hybridqa/dev.json has neither answer-node nor where, .*; take .*/dev.traced.json of"
+    with pytest.raises(ConfigError, match=message):
+        hybridqa.documents(str(tmp_path))
 
 
 @pytest.mark.parametrize(

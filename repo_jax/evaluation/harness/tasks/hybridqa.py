@@ -17,20 +17,24 @@ def documents(data_dir: str | None = None, **_: Any) -> dict[str, datasets.Datas
     """Prompts and answers.
 
     Args:
-      data_dir: has hybridqa/dev.json, a list of `question`, `answer-text` (or `answer`) and a
-        `table`, or a `table_id` that names hybridqa/tables_tok/<table_id>.json. Rows that say
-        `where` the answer is are kept if that is the table. None, or no such file: the hub's
-        prompts, made by the authors of RePo, whose `question` holds all.
+      data_dir: has hybridqa/dev.traced.json (or dev.json), a list of `question`, `answer-text`
+        (or `answer`) and a `table`, or a `table_id` that names
+        hybridqa/tables_tok/<table_id>.json. Rows are kept whose answer the table has and no
+        passage, by their `answer-node`, or `where` in older files. None, or no such file: the
+        hub's prompts, made by the authors of RePo, whose `question` holds all.
 
     Returns:
       Split `test` with `prompt`, `answer`.
 
     Raises:
-      ConfigError: the file or a table is something else.
+      ConfigError: the file or a table is something else, or a row does not say where its answer
+        is.
     """
-    path = None if data_dir is None else Path(data_dir) / "hybridqa" / "dev.json"
-    if path is not None and path.is_file():
-        rows = [row for row in read_json(path) if row.get("where", "table") == "table"]
+    folder = None if data_dir is None else Path(data_dir) / "hybridqa"
+    places = [] if folder is None else [folder / "dev.traced.json", folder / "dev.json"]
+    path = next((place for place in places if place.is_file()), None)
+    if path is not None:
+        rows = [row for row in read_json(path) if _in_table_alone(row, path)]
     else:
         path, rows = Path(_HUB), datasets.load_dataset(_HUB, split="test")
     kept = [
@@ -43,6 +47,20 @@ def documents(data_dir: str | None = None, **_: Any) -> dict[str, datasets.Datas
     if not kept:
         raise ConfigError(f"{path} has no question that is answered by a table")
     return {"test": datasets.Dataset.from_list(kept)}
+
+
+def _in_table_alone(row: dict, path: Path) -> bool:
+    """Whether the answer can be had without the passages, which are not shown."""
+    if "where" in row:
+        return row["where"] == "table"
+    if "answer-node" not in row:
+        raise ConfigError(
+            f"a row of {path} has neither answer-node nor where, which say whether its table has "
+            "the answer; take released_data/dev.traced.json of github.com/wenhuchen/HybridQA"
+        )
+    # A node, [text, [row, column], link, kind], is each place that has the answer's words.
+    kinds = {node[-1] for node in row["answer-node"]}
+    return kinds == {"table"}
 
 
 def _prompt(row: dict, path: Path) -> str:
