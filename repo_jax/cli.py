@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib.resources
 import itertools
 import logging
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +41,15 @@ class Parser(jsonargparse.ArgumentParser):
             is_flag = getattr(action, "_typehint", None) is bool and not equals
             ours += ["true"] if is_flag and following.startswith("--") else []
         return ours
+
+    def take_texts_as_written(self) -> None:
+        """Has options that are a text or null keep `# a`, `~` and `null`, which YAML reads as null.
+
+        A file that says null still means it.
+        """
+        for action in self._actions:
+            if set(typing.get_args(getattr(action, "_typehint", None))) == {str, type(None)}:
+                action._check_type = functools.partial(_text, action._check_type)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Says what is wrong; `run` prints it and exits with status 2."""
@@ -73,6 +84,10 @@ class Parser(jsonargparse.ArgumentParser):
             near = near.removeprefix("--")
         hint = f"; did you mean {near}?" if near else ""
         return f"there is no option {name}{hint} (--help lists them)"
+
+
+def _text(check: Callable, value: Any, **how: Any) -> Any:
+    return value if isinstance(value, str) else check(value, **how)
 
 
 # What jsonargparse says, and the parts of it that a user needs.
@@ -240,6 +255,7 @@ def parse(
     parser.add_argument("--config", action="config", help="A YAML file, or a packaged config.")
     add(parser)
     parser.add_class_arguments(config_class, as_group=False)
+    parser.take_texts_as_written()
     arguments = parser.spelt(list(sys.argv[1:] if arguments is None else arguments))
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")

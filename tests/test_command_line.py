@@ -13,6 +13,7 @@ from repo_jax import cli, tokenize
 from repo_jax.data import train_bpe
 from repo_jax.evaluation import command as evaluation
 from repo_jax.evaluation.config import EvalConfig
+from repo_jax.inference.command import GenerateConfig
 from repo_jax.training import command as training
 from tests.golden_sets import ROOT as GOLDEN
 from tests.tiny_runs import ROOT, write_config
@@ -312,6 +313,24 @@ def test_hyphens_serve_for_underscores_in_names_alone(folder):
     config, _ = cli.parse(training.TrainConfig, "train.py", "", [*options, "[my-notes/a_b-c.md]"])
     assert config.training.log_every == 7
     assert config.data.text == ("my-notes/a_b-c.md",)
+
+
+@pytest.mark.parametrize("text", ["# hello", "null", "~", "[a, b]", "{a: b}", "5", "true", "- a"])
+def test_texts_are_taken_as_they_are_written(tmp_path, text):
+    file = tmp_path / "prompt.yaml"
+    file.write_text(yaml.safe_dump({"prompt": text}))
+    for options in (["--prompt", text], [f"--prompt={text}"], ["--config", str(file)]):
+        config, _ = cli.parse(GenerateConfig, "generate", "", ["--run", ".", *options])
+        assert config.prompt == text
+
+
+def test_a_text_of_one_file_is_unset_by_another(tmp_path):
+    file = tmp_path / "anew.yaml"
+    file.write_text("init: {checkpoint: null}")
+    files = ["--config", "olmo2_1b_repo", "--config", str(file), "--data.tokens", "x"]
+    config, _ = cli.parse(training.TrainConfig, "train.py", "", files)
+    assert config.init.checkpoint is None
+    assert config.init.revision is not None
 
 
 def test_true_may_be_left_out():

@@ -35,6 +35,13 @@ def test_a_file(run, tmp_path, capsys):
     assert out == "first\nsecond " + continuation(run, "first\nsecond ", 6) + "\n"
 
 
+def test_a_prompt_that_yaml_would_read_as_nothing(run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    for prompt in ("# hello", "null", "~"):
+        out = printed(capsys, run, "--prompt", prompt)
+        assert out == prompt + continuation(run, prompt, 6) + "\n"
+
+
 def test_lines_of_standard_input(run, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
     out = printed(capsys, run)
