@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from repo_jax.errors import ConfigError
-from repo_jax.evaluation.harness.statistics import mean_interval
+from repo_jax.evaluation.harness.statistics import mean_interval, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,9 @@ def compare(
 
     Returns:
       `a`, `b`: the folders. `tasks`: by name, `metric`, `examples`, the scores `a` and `b`,
-      `difference` (b - a) with its interval `low`, `high`. `refused`: by name, why a task that
-      both have cannot be compared. `missing`: tasks that only one of them has.
+      `difference` (b - a) with its interval `low`, `high`, both None where all examples differ
+      alike. `refused`: by name, why a task that both have cannot be compared. `missing`: tasks
+      that only one of them has.
 
     Raises:
       ConfigError: a folder has no evaluation, or they have no task in common.
@@ -111,9 +112,10 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"a: {result['a']}", f"b: {result['b']}"]
     lines.append(f"{'task':<26} {'n':>6} {'a':>8} {'b':>8} {'b - a':>8}  95 %")
     for name, row in result["tasks"].items():
+        interval = shown(row["low"], row["high"], "+.4f", " to ")
         lines.append(
             f"{name:<26} {row['examples']:>6} {row['a']:>8.4f} {row['b']:>8.4f} "
-            f"{row['difference']:>+8.4f}  {row['low']:+.4f} to {row['high']:+.4f}"
+            f"{row['difference']:>+8.4f}  {interval}"
         )
     for name, reason in result["refused"].items():
         lines.append(f"{name:<26} not compared: {reason}")

@@ -26,7 +26,7 @@ from repo_jax.evaluation.harness.baselines import baseline
 from repo_jax.evaluation.harness.cache import RequestCache
 from repo_jax.evaluation.harness.local_data import data_sets_in
 from repo_jax.evaluation.harness.model import RepoJaxLM
-from repo_jax.evaluation.harness.statistics import mean_interval, statistic_interval
+from repo_jax.evaluation.harness.statistics import score_interval, shown, statistic_interval
 from repo_jax.evaluation.harness.suites import (
     RULER_TASKS,
     SUITES,
@@ -354,7 +354,7 @@ def _evaluate(entry: _Entry, lm: RepoJaxLM, config: EvalConfig, out: Path, repor
     scores = [row["score"] for row in rows]
     aggregate = next(iter(entry.tasks.values())).aggregation()[metric]
     if aggregate.__name__ == "mean":
-        score, interval = statistics.fmean(scores), mean_interval(scores)
+        score, interval = statistics.fmean(scores), score_interval(scores)
     else:
         score, interval = aggregate(scores), statistic_interval(scores, aggregate)
     known = baseline(list(entry.tasks.values()), metric, filter_name)
@@ -427,10 +427,11 @@ def table(report: dict[str, Any]) -> str:
     number = lambda value: "-" if value is None else f"{value:.4f}"
     for name, row in report["tasks"].items():
         answer = row["constant_answer"]
+        interval = shown(row["low"], row["high"], ".4f", " - ")
         lines.append(
             f"{name:<26} {row['metric']:<16} {row['examples']:>6} {row['shots']:>5} "
-            f"{row['score']:>8.4f}  {row['low']:.4f} - {row['high']:.4f}  "
-            f"{number(row['empty']):>6} {number(row['constant']):>8}"
+            f"{row['score']:>8.4f}  {interval:<17} "
+            f"{number(row['empty']):>7} {number(row['constant']):>8}"
             + (f" ({' '.join(answer.split())[:30]})" if answer is not None else "")
             + (f" haystack: {row['haystack']}" if row["haystack"] else "")
         )

@@ -350,6 +350,7 @@ def test_rulers_tasks_are_as_long_as_is_asked(run, tmp_path, monkeypatch):
         row = report(tmp_path)["tasks"][name]
         assert (row["metric"], row["examples"], row["max_length"]) == ("recall", 1, 1300)
         assert (row["empty"], row["haystack"]) == (0.0, None)
+        assert (row["low"], row["high"]) == (None, None)  # of one example
     lengths = [group.max_length for group in map(alone, (*names, "letters"), [None] * 3)]
     assert lengths == [4096, 4096, None]
 

@@ -1,4 +1,4 @@
-"""Bootstrap intervals and comparisons."""
+"""Intervals and comparisons."""
 
 import json
 import math
@@ -12,7 +12,11 @@ from repo_jax import cli
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation import command
 from repo_jax.evaluation.harness.compare import compare
-from repo_jax.evaluation.harness.statistics import mean_interval, statistic_interval
+from repo_jax.evaluation.harness.statistics import (
+    mean_interval,
+    score_interval,
+    statistic_interval,
+)
 
 
 def test_the_interval_of_a_share_is_that_of_the_normal_law():
@@ -26,11 +30,40 @@ def test_the_interval_of_a_share_is_that_of_the_normal_law():
     np.testing.assert_allclose(slow, fast, atol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("right", "examples", "low", "high"),
+    [
+        # Where all are right Wilson's is n / (n + 1.96 ** 2) to 1; where none is, as far from 0.
+        (20, 20, 20 / (20 + 1.959964**2), 1.0),
+        (0, 20, 0.0, 1.959964**2 / (20 + 1.959964**2)),
+        (2, 2, 2 / (2 + 1.959964**2), 1.0),
+        # 0.3142695 -+ 0.1232340, by hand.
+        (15, 50, 0.1910355, 0.4375035),
+    ],
+)
+def test_the_interval_of_right_answers_has_a_width(right, examples, low, high):
+    values = [1.0] * right + [0.0] * (examples - right)
+    np.testing.assert_allclose(score_interval(values), [low, high], atol=1e-5)
+
+
+def test_scores_between_right_and_wrong_are_resampled():
+    values = [0.5, 1.0, 0.0, 0.75] * 5
+    assert score_interval(values) == mean_interval(values)
+
+
+@pytest.mark.parametrize("values", [[1.0], [0.0], [0.5], [0.5] * 9])
+def test_there_is_no_interval_where_nothing_is_known_of_the_spread(values):
+    assert score_interval(values) == (None, None)
+    assert mean_interval(values) == (None, None)
+    assert statistic_interval(values, max) == (None, None)
+
+
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=40), st.integers(0, 3))
 def test_intervals_lie_within_the_values_and_repeat(values, seed):
     low, high = mean_interval(values, resamples=200, seed=seed)
-    slack = 1e-9
-    assert min(values) - slack <= low <= high <= max(values) + slack
+    if len(set(values)) > 1:
+        slack = 1e-9
+        assert low is None or min(values) - slack <= low < high <= max(values) + slack
     assert (low, high) == mean_interval(values, resamples=200, seed=seed)
 
 
@@ -38,6 +71,9 @@ def test_intervals_lie_within_the_values_and_repeat(values, seed):
 def test_intervals_move_with_the_values(values, shift):
     low, high = mean_interval(values, resamples=200)
     moved = mean_interval([value + shift for value in values], resamples=200)
+    if low is None:
+        assert moved == (None, None)
+        return
     np.testing.assert_allclose(moved, [low + shift, high + shift], atol=1e-6)
 
 
@@ -70,7 +106,7 @@ def test_differences_are_paired(tmp_path):
     back = compare(tmp_path / "b", tmp_path / "a")["tasks"]["t"]
     np.testing.assert_allclose(back["difference"], -0.1)
     same = compare(tmp_path / "b", tmp_path / "b")["tasks"]["t"]
-    assert (same["difference"], same["low"], same["high"]) == (0.0, 0.0, 0.0)
+    assert (same["difference"], same["low"], same["high"]) == (0.0, None, None)
 
 
 @pytest.mark.parametrize(
