@@ -43,9 +43,9 @@ class Parser(jsonargparse.ArgumentParser):
         return ours
 
     def take_texts_as_written(self) -> None:
-        """Has options that are a text or null keep `# a`, `~` and `null`, which YAML reads as null.
+        """Has options that are a text or null keep `# a` and `~`, which YAML reads as null.
 
-        A file that says null still means it.
+        `null` itself still unsets what a file has.
         """
         for action in self._actions:
             if set(typing.get_args(getattr(action, "_typehint", None))) == {str, type(None)}:
@@ -87,7 +87,7 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 def _text(check: Callable, value: Any, **how: Any) -> Any:
-    return value if isinstance(value, str) else check(value, **how)
+    return value if isinstance(value, str) and value != "null" else check(value, **how)
 
 
 # What jsonargparse says, and the parts of it that a user needs.

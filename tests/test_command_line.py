@@ -315,7 +315,7 @@ def test_hyphens_serve_for_underscores_in_names_alone(folder):
     assert config.data.text == ("my-notes/a_b-c.md",)
 
 
-@pytest.mark.parametrize("text", ["# hello", "null", "~", "[a, b]", "{a: b}", "5", "true", "- a"])
+@pytest.mark.parametrize("text", ["# hello", "~", "[a, b]", "{a: b}", "5", "true", "- a"])
 def test_texts_are_taken_as_they_are_written(tmp_path, text):
     file = tmp_path / "prompt.yaml"
     file.write_text(yaml.safe_dump({"prompt": text}))
@@ -324,13 +324,14 @@ def test_texts_are_taken_as_they_are_written(tmp_path, text):
         assert config.prompt == text
 
 
-def test_a_text_of_one_file_is_unset_by_another(tmp_path):
+def test_null_unsets_what_a_file_has(tmp_path):
     file = tmp_path / "anew.yaml"
     file.write_text("init: {checkpoint: null}")
-    files = ["--config", "olmo2_1b_repo", "--config", str(file), "--data.tokens", "x"]
-    config, _ = cli.parse(training.TrainConfig, "train.py", "", files)
-    assert config.init.checkpoint is None
-    assert config.init.revision is not None
+    for anew in (["--config", str(file)], ["--init.checkpoint", "null"]):
+        options = ["--config", "olmo2_1b_repo", *anew, "--data.tokens", "x"]
+        config, _ = cli.parse(training.TrainConfig, "train.py", "", options)
+        assert config.init.checkpoint is None
+        assert config.init.revision is not None
 
 
 def test_true_may_be_left_out():

@@ -37,7 +37,7 @@ def test_a_file(run, tmp_path, capsys):
 
 def test_a_prompt_that_yaml_would_read_as_nothing(run, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO())
-    for prompt in ("# hello", "null", "~"):
+    for prompt in ("# hello", "~"):
         out = printed(capsys, run, "--prompt", prompt)
         assert out == prompt + continuation(run, prompt, 6) + "\n"
 
