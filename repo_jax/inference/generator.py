@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol
 
@@ -13,7 +12,14 @@ import numpy as np
 
 from repo_jax import sharding
 from repo_jax.config import DecoderConfig
-from repo_jax.inference.sampling import Kind, Sampling, draw
+from repo_jax.inference.sampling import (
+    Kind,
+    Sampling,
+    draw,
+    places_among_equals,
+    row_keys,
+    streams,
+)
 from repo_jax.modeling import RePoLM
 from repo_jax.modeling.cache import Cache, empty_cache, extend, head, split_layers
 
@@ -100,13 +106,14 @@ def _draw(config, params, hidden_B1D, state: _State, numbers, eos, kind: Kind) -
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk", "kind"))
 def _prefill(
-    config: DecoderConfig, params, tokens_BS, lengths_B, n_chunks, seed, places_B, numbers, eos,
+    config: DecoderConfig, params, tokens_BS, lengths_B, n_chunks, seed, streams_B2, numbers, eos,
     *, chunk: int, kind: Kind
 ) -> _State:  # fmt: skip
     """Reads prompts and draws the first token.
 
     tokens_BS: prompts in the first n_chunks * chunk slots, padded on the left.
     lengths_B: of the prompts; 0 for a row that only fills the batch.
+    streams_B2: of `sampling.streams`.
     """
     B, S = tokens_BS.shape
     index_BS = jnp.arange(S, dtype=jnp.int32)[None] - (n_chunks * chunk - lengths_B)[:, None]
@@ -125,7 +132,6 @@ def _prefill(
         own = (index_BS >= 0) & (jnp.arange(S)[None] < n_chunks * chunk)
         rows = jnp.arange(B)[:, None]
         seen = jnp.zeros((B, config.vocab_size), bool).at[rows, tokens_BS].max(own)
-    key = jax.random.key(seed)
     state = _State(
         cache=cache,
         token=jnp.zeros(B, jnp.int32),
@@ -134,7 +140,7 @@ def _prefill(
         done=lengths_B == 0,
         seen=seen,
         drawn=jnp.int32(0),
-        keys=jax.vmap(jax.random.fold_in, (None, 0))(key, places_B),
+        keys=row_keys(seed, streams_B2),
     )
     return _draw(config, params, hidden, state, numbers, eos, kind)
 
@@ -219,6 +225,7 @@ class Generator:
         max_new_tokens: int = 64,
         sampling: Sampling = _GREEDY,
         seed: int = 0,
+        places: Sequence[int] | None = None,
         eos_ids: Sequence[int] | None = None,
         stop_strings: Sequence[str] = (),
         tokenizer: Decodes | None = None,
@@ -230,6 +237,8 @@ class Generator:
           every: tokens between two looks, 1 to 64.
           max_new_tokens, seed, eos_ids, stop_strings, tokenizer: as in `generate`.
           sampling: how tokens are drawn.
+          places: which of several equal prompts each one is, where others of them are in other
+            calls: in other places they draw otherwise. None: counted among `prompts`.
 
         Yields:
           A completion for each prompt; the `finish` of one that goes on is `length`.
@@ -241,17 +250,24 @@ class Generator:
             raise ValueError(f"every is {every}; it must be 1 to {_WINDOW}")
         config = self.config
         _check(prompts, config.vocab_size, max_new_tokens, stop_strings, tokenizer)
+        if places is None:
+            places = places_among_equals(prompts)
+        elif len(places) != len(prompts) or min(places, default=0) < 0:
+            raise ValueError(
+                f"places is {list(places)}; it must be a number from 0 for each of the "
+                f"{len(prompts)} prompts"
+            )
         if not prompts:
             return
         eos_ids = tuple(config.eos_ids if eos_ids is None else eos_ids)
         given = dict(numbers=sampling.numbers(), eos=np.array(eos_ids, np.int32))
         given |= dict(kind=sampling.kind)
         tokens, lengths, n_chunks = self._lay_out(prompts, max_new_tokens)
-        places = np.pad(_places(prompts), (0, len(lengths) - len(prompts)))
+        own = np.pad(streams(prompts, places), ((0, len(lengths) - len(prompts)), (0, 0)))
         rows = [_Row(set(eos_ids), tuple(stop_strings), tokenizer) for _ in prompts]
         with sharding.use(self._mesh):
             state = _prefill(
-                *(config, self._params, tokens, lengths, n_chunks, np.uint32(seed % 2**32), places),
+                *(config, self._params, tokens, lengths, n_chunks, np.uint32(seed % 2**32), own),
                 **given,
                 chunk=self._chunk,
             )
@@ -346,8 +362,8 @@ def generate(
       prompts: token ids, of any lengths from 1.
       max_new_tokens: most tokens added to each.
       temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`.
-      seed: what is drawn for a prompt depends on it and the prompt's place among equal
-        prompts, not on the rest of the batch.
+      seed: what is drawn for a prompt depends on it, the prompt and the prompt's place among
+        equal prompts, not on the rest of the batch.
       eos_ids: ids that end a continuation; None: the config's; () never stops.
       stop_strings: a continuation ends with the token that completes one of these in its text;
         that token is kept, and the string may begin before it or end within it.
@@ -390,16 +406,6 @@ def _prepare(config: DecoderConfig, params, *, in_place: bool):
     if in_place:
         return jax.device_put(ready(jax.tree.map(np.asarray, params)), may_alias=True)
     return jax.jit(ready)(params)
-
-
-def _places(prompts) -> np.ndarray:
-    """Which of several equal prompts each one is: they draw differently."""
-    seen: Counter = Counter()
-    places = np.zeros(len(prompts), np.uint32)
-    for i, prompt in enumerate(map(tuple, prompts)):
-        places[i] = seen[prompt]
-        seen[prompt] += 1
-    return places
 
 
 def _power_of_2(n: int) -> int:

@@ -23,7 +23,7 @@ from repo_jax.evaluation.harness.cache import RequestCache
 from repo_jax.evaluation.perplexity import log_probabilities
 from repo_jax.inference.generator import LEAST_SLOTS, Generator
 from repo_jax.inference.loading import folder_of, load, open_mesh
-from repo_jax.inference.sampling import Sampling
+from repo_jax.inference.sampling import Sampling, places_among_equals
 from repo_jax.modeling import RePoLM
 from repo_jax.progress import progress
 
@@ -252,6 +252,8 @@ class RepoJaxLM(TemplateLM):
             drawn = Sampling(**given)
         except ValueError as error:
             raise ConfigError(f"generation_kwargs: {error}") from None
+        # Repeats of a request may be in several batches.
+        places = dict(zip(prompts, places_among_equals([*prompts.values()]), strict=True))
         lengths = {i: len(prompt) + new for i, prompt in prompts.items()}
         for rows, _, _ in _batches(lengths, self._batch_tokens, 1, LEAST_SLOTS):
             completions = self._generator.complete(
@@ -259,6 +261,7 @@ class RepoJaxLM(TemplateLM):
                 max_new_tokens=new,
                 sampling=drawn,
                 seed=seed,
+                places=[places[i] for i in rows],
                 eos_ids=(self.eot_token_id, *self._model.config.eos_ids),
                 stop_strings=until,
                 tokenizer=self._tokenizer,

@@ -196,6 +196,15 @@ def test_sampling_options_reach_the_generator(lm):
     assert drawn(temperature=1.0, do_sample=False) == [greedy_text(lm, "abc", 12)]
 
 
+def test_repeats_of_a_request_draw_on_whatever_the_batches(parts):
+    """lm-eval asks for 64 samples of an example with one request 64 times."""
+    repeats = ask("generate_until", ("abc", {"max_gen_toks": 12, "temperature": 1.0})) * 16
+    narrow, wide = (RepoJaxLM(*parts, batch_tokens=tokens) for tokens in (1024, 16 * 512))
+    texts = narrow.generate_until(repeats)  # two rows to a batch
+    assert len(set(texts)) == len(texts)
+    assert wide.generate_until(repeats) == texts
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
