@@ -25,7 +25,7 @@ from repo_jax.modeling.cache import Cache, empty_cache, extend, head, split_laye
 
 # A cache has 2 ** n slots and no fewer than these, and a batch 2 ** n rows, so that few programs
 # are compiled.
-LEAST_SLOTS = 512
+_LEAST_SLOTS = 512
 # Tokens of a prompt that are read together. More are faster where there is much arithmetic, but
 # the shortest prompt is padded to so many.
 _CHUNK = {"cpu": 128}
@@ -198,7 +198,7 @@ class Generator:
         self._least_rows = _LEAST_ROWS.get(device, 1)
         self._chunk = chunk or _CHUNK.get(device, _CHUNK_ELSEWHERE)
         if self._chunk not in [2**n for n in range(10)]:
-            raise ValueError(f"chunk is {chunk}; it must be a power of 2 up to {LEAST_SLOTS}")
+            raise ValueError(f"chunk is {chunk}; it must be a power of 2 up to {_LEAST_SLOTS}")
         # A policy says what a backward pass keeps, and there is none.
         self.config = dataclasses.replace(model.config, remat="none")
         self._mesh = mesh
@@ -289,11 +289,19 @@ class Generator:
                 drawn += steps
                 new = [np.asarray(x)[:, :steps] for x in new]
 
+    def slots(self, longest: int, max_new_tokens: int) -> int:
+        """Of a cache for prompts of up to `longest` tokens and what follows them."""
+        # The last new tokens take the slots of the padding, which is in whole chunks with the
+        # longest prompt. But CoPE counts keys in the order of their slots.
+        if "cope" in self.config.kinds:
+            longest = -(-longest // self._chunk) * self._chunk
+        return max(_LEAST_SLOTS, _power_of_2(longest + max_new_tokens - 1))
+
     def _lay_out(self, prompts, max_new_tokens: int):
         """Prompts as `_prefill` wants them: tokens [B, S], lengths [B] and the number of chunks."""
-        n_chunks = -(-max(map(len, prompts)) // self._chunk)
-        used = n_chunks * self._chunk
-        slots = max(LEAST_SLOTS, _power_of_2(used + max_new_tokens - 1))
+        longest = max(map(len, prompts))
+        n_chunks = -(-longest // self._chunk)
+        used, slots = n_chunks * self._chunk, self.slots(longest, max_new_tokens)
         batch = max(self._least_rows, _power_of_2(len(prompts)))
         if self._mesh is not None:  # rows are split evenly
             split = self._mesh.shape["data"] * self._mesh.shape["fsdp"]

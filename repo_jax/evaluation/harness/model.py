@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation.harness.cache import RequestCache
 from repo_jax.evaluation.perplexity import log_probabilities
-from repo_jax.inference.generator import LEAST_SLOTS, Generator
+from repo_jax.inference.generator import Generator
 from repo_jax.inference.loading import folder_of, load, open_mesh
 from repo_jax.inference.sampling import Sampling, places_among_equals
 from repo_jax.modeling import RePoLM
@@ -254,8 +254,9 @@ class RepoJaxLM(TemplateLM):
             raise ConfigError(f"generation_kwargs: {error}") from None
         # Repeats of a request may be in several batches.
         places = dict(zip(prompts, places_among_equals([*prompts.values()]), strict=True))
-        lengths = {i: len(prompt) + new for i, prompt in prompts.items()}
-        for rows, _, _ in _batches(lengths, self._batch_tokens, 1, LEAST_SLOTS):
+        lengths = {i: len(prompt) for i, prompt in prompts.items()}
+        slots = lambda length: self._generator.slots(length, new)
+        for rows, _, _ in _batches(lengths, self._batch_tokens, slots):
             completions = self._generator.complete(
                 [prompts[i] for i in rows],
                 max_new_tokens=new,
@@ -289,7 +290,7 @@ class RepoJaxLM(TemplateLM):
         yield from ((i, (0.0, True)) for i, count in enumerate(counts) if not count)
         with progress("score", len(lengths), "requests") as update:
             for rows, width, size in _batches(lengths, self._batch_tokens):
-                wide = max(8, _round_up(max(counts[i] for i in rows), steps=1))
+                wide = max(8, 1 << (max(counts[i] for i in rows) - 1).bit_length())
                 inputs = np.zeros((size, width), np.int32)
                 at, targets = np.zeros((2, size, wide), np.int32)
                 for row, i in enumerate(rows):
@@ -353,26 +354,25 @@ def _generation_options(gen_kwargs: dict, max_new_tokens: int) -> tuple[tuple[st
     return until, given | {"max_new_tokens": max_new_tokens}
 
 
-def _round_up(n: int, steps: int = 2) -> int:
-    """The next power of two, or with `steps` 2 also 1.5 times one."""
-    power = 1 << max(0, n - 1).bit_length()
-    return power * 3 // 4 if steps == 2 and power >= 4 and n <= power * 3 // 4 else power
+def _width(n: int) -> int:
+    """The next power of two or 1.5 times one, from 16."""
+    power = max(16, 1 << (n - 1).bit_length())
+    return power * 3 // 4 if power > 16 and n <= power * 3 // 4 else power
 
 
 def _batches(
-    lengths: dict[int, int], batch_tokens: int, steps: int = 2, least: int = 16
+    lengths: dict[int, int], batch_tokens: int, width_of: Callable[[int], int] = _width
 ) -> Iterator[tuple[Sequence[int], int, int]]:
     """Which go together: their indices, width and rows; the longest first.
 
     A batch that does not fit the device's memory then fails at once.
     """
-    width_of = lambda i: max(least, _round_up(lengths[i], steps))
     order = sorted(lengths, key=lambda i: -lengths[i])
     start = 0
     while start < len(order):
-        width = width_of(order[start])
+        width = width_of(lengths[order[start]])
         size = sharding.even_rows(batch_tokens // width)
-        rows = [i for i in order[start : start + size] if width_of(i) == width]
+        rows = [i for i in order[start : start + size] if width_of(lengths[i]) == width]
         yield rows, width, size
         start += len(rows)
 

@@ -185,6 +185,21 @@ def test_prompts_of_many_lengths_are_answered_in_their_order(lm):
     assert len(set(together)) > 1
 
 
+def test_a_batch_has_the_rows_that_its_cache_leaves_room_for(parts, monkeypatch):
+    """Of 512 slots for a prompt of 500 tokens and 13 new ones, whose last one is never read."""
+    asked, complete = [], harness.Generator.complete
+
+    def recorded(self, prompts, **given):
+        asked.append(self._lay_out(prompts, given["max_new_tokens"])[0].shape)
+        return complete(self, prompts, **given)
+
+    monkeypatch.setattr(harness.Generator, "complete", recorded)
+    lm = RepoJaxLM(*parts, batch_tokens=1024, max_length=4096)
+    options = {"until": [], "max_gen_toks": 13}
+    lm.generate_until(ask("generate_until", ("a" * 500, options), ("b" * 500, options)))
+    assert asked == [(2, 512)]
+
+
 def test_sampling_options_reach_the_generator(lm):
     drawn = lambda **options: lm.generate_until(
         ask("generate_until", ("abc", {"max_gen_toks": 12, "do_sample": True} | options))
