@@ -172,8 +172,22 @@ class RepoJaxLM(TemplateLM):
         """The ids of a text, nothing added."""
         return self._tokenizer.encode(string)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """lm-eval's: what the ids of both together have beyond those of the context.
+
+        Where that is nothing, the continuation having merged into the context's last token, it
+        is taken as tokens of its own.
+        """
+        ids, continued = super()._encode_pair(context, continuation)
+        if not continued:
+            continued = self.tok_encode(context[len(context.rstrip()) :] + continuation)
+        return ids, continued
+
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """See lm-eval. An empty context is one eos."""
+        """See lm-eval. An empty context is one eos; an empty continuation is a ConfigError."""
+        for request in requests:
+            if not request.args[1]:
+                raise _no_text(request.args[0])
         score = lambda todo: super(RepoJaxLM, self).loglikelihood(todo, disable_tqdm=True)
         answers = self._remembered("loglikelihood", requests, score)
         return [(float(logprob), bool(greedy)) for logprob, greedy in answers]
@@ -276,6 +290,8 @@ class RepoJaxLM(TemplateLM):
         """Index, log-probability and whether it is the greedy one, for (context, continuation)."""
         tokens, counts = [], []
         for context, continuation in pairs:
+            if not continuation:
+                raise _no_text(self._tokenizer.decode(context))
             if len(continuation) > self.max_length:
                 start = self._tokenizer.decode(continuation[:12])
                 raise ConfigError(
@@ -286,8 +302,7 @@ class RepoJaxLM(TemplateLM):
             context = context or [self.prefix_token_id]
             tokens.append([*context, *continuation][-(self.max_length + 1) :])
             counts.append(len(continuation))
-        lengths = {i: len(row) - 1 for i, row in enumerate(tokens) if counts[i]}
-        yield from ((i, (0.0, True)) for i, count in enumerate(counts) if not count)
+        lengths = {i: len(row) - 1 for i, row in enumerate(tokens)}
         with progress("score", len(lengths), "requests") as update:
             for rows, width, size in _batches(lengths, self._batch_tokens):
                 wide = max(8, 1 << (max(counts[i] for i in rows) - 1).bit_length())
@@ -326,6 +341,13 @@ class RepoJaxLM(TemplateLM):
         self.cache_hook.add_partial(kind, args, answer)
         if self._cache is not None:
             self._cache.put(self.identity, kind, args, answer=answer)
+
+
+def _no_text(context: str) -> ConfigError:
+    return ConfigError(
+        f"a task asks for the log-probability of no text after {context[-40:]!r}; what it has to "
+        "choose from must not be empty"
+    )
 
 
 def _is_sampled(request) -> bool:

@@ -6,13 +6,14 @@ import functools
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
 from repo_jax import sharding
 from repo_jax.config import DecoderConfig, MeshConfig, RopeScaling
-from repo_jax.data import ValidationBatches, byte_tokenizer
+from repo_jax.data import Tokenizer, ValidationBatches, byte_tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation.harness import model as harness
 from repo_jax.evaluation.harness.cache import RequestCache
@@ -102,6 +103,26 @@ def test_contexts_lose_their_beginning_and_continuations_nothing(parts):
     np.testing.assert_allclose(logprob, expected(parts, b"h", b"h" * 16)[0], rtol=1e-5)
     with pytest.raises(ConfigError, match=r"a continuation has 17 tokens .* max_length is 16"):
         lm.loglikelihood(ask("loglikelihood", (text, "h" * 17)))
+
+
+def test_a_continuation_that_merges_into_the_context_is_tokens_of_its_own(parts):
+    """As `b` after `a` where `ab` is one token, too: lm-eval's pair is then ([a], [])."""
+    model, params, _ = parts
+    vocab = {"a": 0, "b": 1, "ab": 2, " ": 3, "<eos>": EOS}
+    merging = tokenizers.models.BPE(vocab=vocab, merges=[("a", "b")])
+    lm = RepoJaxLM(model, params, Tokenizer(tokenizers.Tokenizer(merging), EOS))
+    for pair, ids in ((("a", "b"), ([0], [1])), (("ba", "b"), ([1, 0], [1]))):
+        ((logprob, _),) = lm.loglikelihood(ask("loglikelihood", pair))
+        assert logprob < 0.0
+        np.testing.assert_allclose(logprob, expected(parts, *ids)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("context", ["abc", ""])
+def test_no_continuation_is_never_the_likeliest(lm, context):
+    with pytest.raises(ConfigError, match=f"log-probability of no text after '{context}'; what"):
+        lm.loglikelihood(ask("loglikelihood", ("abc", "d"), (context, "")))
+    with pytest.raises(ConfigError, match="log-probability of no text after 'abc'; what"):
+        lm._loglikelihood_tokens([(None, list(b"abc"), [])])
 
 
 def evaluated(parts, tokens, width):
