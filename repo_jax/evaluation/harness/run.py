@@ -1,16 +1,14 @@
 """`eval.py --tasks`: tasks, then the model, then what is written of them."""
 
 import dataclasses
-import difflib
 import hashlib
-import importlib.util
 import itertools
 import json
 import logging
 import os
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,10 @@ from lm_eval.tasks import TaskManager
 from repo_jax import cli
 from repo_jax.config import to_dict
 from repo_jax.data import Tokenizer
-from repo_jax.errors import ConfigError, MissingPackageError
+from repo_jax.errors import ConfigError
 from repo_jax.evaluation.config import EvalConfig
 from repo_jax.evaluation.harness.baselines import baseline
 from repo_jax.evaluation.harness.cache import RequestCache
-from repo_jax.evaluation.harness.local_data import data_sets_in
 from repo_jax.evaluation.harness.model import RepoJaxLM
 from repo_jax.evaluation.harness.statistics import mean_interval, statistic_interval
 from repo_jax.evaluation.harness.suites import (
@@ -35,6 +32,7 @@ from repo_jax.evaluation.harness.suites import (
     SuiteTask,
     alone,
 )
+from repo_jax.evaluation.harness.task_loading import load_tasks
 from repo_jax.inference.loading import folder_of, load, open_mesh
 
 _PUBLISHED = "published_match"
@@ -135,7 +133,7 @@ def _entries(config: EvalConfig, groups: Iterable[Group], tokenizer: Path | str)
             if asked.task not in own.all_tasks:
                 everything = everything or TaskManager(include_path=own_paths, metadata=shared)
                 manager = everything
-            entry = _entry(config, group, asked, _load(manager, asked.task, config.data_dir))
+            entry = _entry(config, group, asked, load_tasks(manager, asked.task, config.data_dir))
             if entry.name in entries:
                 raise ConfigError(f"--tasks names {entry.name} twice")
             entries[entry.name] = entry
@@ -145,105 +143,6 @@ def _entries(config: EvalConfig, groups: Iterable[Group], tokenizer: Path | str)
             "needles in one"
         )
     return list(entries.values())
-
-
-def _load(manager: TaskManager, name: str, data_dir: str | None) -> dict[str, Any]:
-    """lm-eval's tasks of a name, with their data."""
-    if name not in manager.all_tasks:
-        known = [*SUITES, *manager.all_tasks]
-        (near,) = difflib.get_close_matches(name, known, n=1) or [""]
-        hint = f"; did you mean {near}?" if near else ""
-        raise ConfigError(
-            f"--tasks has {name!r}, which is no suite ({', '.join(SUITES)}) and no task of "
-            f"lm-eval or --tasks_dir{hint}"
-        )
-    try:
-        with data_sets_in(data_dir):
-            tasks = manager.load([name])["tasks"]
-    except (ConfigError, MissingPackageError):
-        raise
-    except ImportError as error:
-        missing = _missing(error)
-        package = missing.partition(".")[0]
-        if not package.isidentifier():
-            raise ConfigError(f"the task {name} cannot be loaded: {missing}") from error
-        if importlib.util.find_spec(package):
-            raise ConfigError(
-                f"the task {name} does not work with the installed {package}, which has no "
-                f"{missing}"
-            ) from error
-        in_suites = {t.task for groups in SUITES.values() for group in groups for t in group.tasks}
-        extra = "eval" if name in in_suites else None  # which brings what the suites need
-        raise MissingPackageError(package, f"the task {name}", extra) from error
-    except Exception as error:  # of whatever lies between here and the hub
-        raise ConfigError(_no_data(manager, name, data_dir, error)) from error
-    return dict(sorted(tasks.items()))
-
-
-def _missing(error: BaseException) -> str:
-    """What could not be imported; lm-eval says so in words of its own."""
-    while isinstance(inner := error.__cause__ or error.__context__, ImportError):
-        error = inner
-    return getattr(error, "name", None) or str(error)
-
-
-def _no_data(manager: TaskManager, name: str, data_dir: str | None, error: Exception) -> str:
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-    place = data_dir or "DATA_DIR"
-    first, _, kind = name.partition("_")
-    files, source, hub = {
-        "nlgraph": (f"nlgraph/{kind}.json", "Arthur-Heng/NLGraph", "huayangli/nlgraph"),
-        "hybridqa": (
-            *("hybridqa/dev.json and hybridqa/tables_tok/", "wenhuchen/HybridQA"),
-            "huayangli/hybrid_qa",
-        ),
-    }.get(first, ("", "", ""))
-    wanted = _data_sets(manager, name)
-    if files:
-        what = (
-            f"put {files} of github.com/{source} into {place} and give --data_dir, or run once "
-            f"with a network, which fetches {hub}"
-        )
-    elif wanted:
-        folders = " and ".join(f"{place}/{path}" for path in wanted)
-        sets = " and ".join(
-            path + (f" (configuration {', '.join(names)})" if names else "")
-            for path, names in wanted.items()
-        )
-        what = (
-            f"fetch the data set {sets} from huggingface.co by running once with a network, or "
-            f"copy the cache of such a run (HF_HOME), or put a copy of its repository into "
-            f"{folders} and give --data_dir"
-        )
-    else:
-        what = "the files are named in data_files of the task's file"
-    return f"the data of the task {name} cannot be had ({reason}); {what}"
-
-
-def _data_sets(manager: TaskManager, name: str) -> dict[str, list[str]]:
-    """The configurations of the hub's data sets that a task, group or tag reads."""
-    found: dict[str, list[str]] = {}
-    for config in _task_files(manager.task_index, name):
-        path = config.get("dataset_path")
-        if path and "data_files" not in (config.get("dataset_kwargs") or {}):
-            names, configuration = found.setdefault(path, []), config.get("dataset_name")
-            if configuration and configuration not in names:
-                names.append(configuration)
-    return found
-
-
-def _task_files(index: Mapping[str, Any], asked: str | dict) -> Iterator[dict[str, Any]]:
-    """What the files of a task say, or those of the tasks in a group or under a tag."""
-    if isinstance(asked, str):
-        entry = index.get(asked)
-        asked = {} if entry is None else entry.cfg or {"task": sorted(entry.tags)}
-    members = asked.get("task")
-    if isinstance(members, list):
-        for member in members:
-            yield from _task_files(index, member)
-    else:  # a group may name a task and change it
-        named = index.get(members)
-        yield ((named and named.cfg) or {}) | asked
 
 
 def _entry(config: EvalConfig, group: Group, asked: SuiteTask, tasks: dict[str, Any]) -> _Entry:
