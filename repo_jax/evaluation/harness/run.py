@@ -23,6 +23,7 @@ from repo_jax.evaluation.config import EvalConfig
 from repo_jax.evaluation.harness.baselines import baseline
 from repo_jax.evaluation.harness.cache import RequestCache
 from repo_jax.evaluation.harness.model import RepoJaxLM
+from repo_jax.evaluation.harness.requests import prompt_room, reach
 from repo_jax.evaluation.harness.statistics import mean_interval, statistic_interval
 from repo_jax.evaluation.harness.suites import (
     RULER_TASKS,
@@ -33,7 +34,7 @@ from repo_jax.evaluation.harness.suites import (
     alone,
 )
 from repo_jax.evaluation.harness.task_loading import load_tasks
-from repo_jax.inference.loading import folder_of, load, open_mesh
+from repo_jax.inference.loading import config_of, folder_of, load, open_mesh
 
 _PUBLISHED = "published_match"
 
@@ -70,6 +71,7 @@ def evaluate_tasks(config: EvalConfig) -> dict[str, Any]:
     mesh = open_mesh(config, config.mesh)
     tokenizer = Tokenizer.load(config.tokenizer or folder)
     entries = _entries(config, groups, config.tokenizer or folder)
+    _check_room(config, entries)
     found = _found(out, entries)
     loaded = load(config, config.dtype, mesh)
     with cli.writing("--output"):
@@ -187,6 +189,18 @@ def _check_shots(task) -> None:
         )
 
 
+def _check_room(config: EvalConfig, entries: Iterable[_Entry]) -> None:
+    """The model would find out when it comes to the task."""
+    model = config_of(config)
+    if config.rope_scaling is not None:
+        model = dataclasses.replace(model, rope_scaling=config.rope_scaling)
+    for entry in entries:
+        for name, task in entry.tasks.items():
+            if task.OUTPUT_TYPE == "generate_until":
+                options = task.get_config("generation_kwargs") or {}
+                prompt_room(f"the task {name}", options, entry.group.max_length or reach(model))
+
+
 def _found(out: Path, entries: Iterable[_Entry]) -> dict[str, Any] | None:
     """What tasks.json in the folder has, of evaluations that this one goes on with."""
     path = out / "tasks.json"
@@ -245,7 +259,8 @@ def _evaluate(entry: _Entry, lm: RepoJaxLM, config: EvalConfig, out: Path, repor
     for name in entry.tasks:
         for sample in found["samples"][name]:
             if sample["filter"] == filter_name:
-                rows.append(_row(name, sample, metric))
+                dropped = max(map(lm.dropped, sample["arguments"]))
+                rows.append(_row(name, sample, metric, dropped))
     if not rows:
         raise ConfigError(f"the task {entry.name} has no filter {filter_name}")
     rows.sort(key=lambda row: (row["task"], row["doc_id"]))
@@ -259,6 +274,7 @@ def _evaluate(entry: _Entry, lm: RepoJaxLM, config: EvalConfig, out: Path, repor
     report["tasks"][entry.name] = {
         **entry.settings,
         "examples": len(rows),
+        "truncated": sum(row["dropped_tokens"] > 0 for row in rows),
         "score": score,
         "low": interval[0],
         "high": interval[1],
@@ -282,7 +298,7 @@ def _haystacks(task) -> set[str]:
     return {doc["haystack"] for doc in task.eval_docs if "haystack" in doc} if made_here else set()
 
 
-def _row(task: str, sample: dict, metric: str) -> dict[str, Any]:
+def _row(task: str, sample: dict, metric: str, dropped: int) -> dict[str, Any]:
     if metric not in sample:
         known = ", ".join(sample["metrics"])
         raise ConfigError(f"the task {task} has no metric {metric}; it has {known}")
@@ -297,6 +313,7 @@ def _row(task: str, sample: dict, metric: str) -> dict[str, Any]:
         "metric": metric,
         "score": list(score) if isinstance(score, (tuple, list)) else float(score),
         "prompt": prompt,
+        "dropped_tokens": dropped,
         **({"choices": [request[1] for request in requests]} if chosen else {}),
         "output": output if chosen else output[0],
         "target": sample["target"],
@@ -331,6 +348,7 @@ def table(report: dict[str, Any]) -> str:
             f"{number(row['empty']):>6} {number(row['constant']):>8}"
             + (f" ({' '.join(answer.split())[:30]})" if answer is not None else "")
             + (f" haystack: {row['haystack']}" if row["haystack"] else "")
+            + (f" truncated: {truncated}" if (truncated := row.get("truncated")) else "")
         )
     for name, row in report["groups"].items():
         lines.append(f"{name:<26} mean of {len(row['tasks'])} tasks {'':>13} {row['score']:>8.4f}")

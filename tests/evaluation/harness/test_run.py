@@ -20,18 +20,9 @@ from repo_jax import RopeScaling
 from repo_jax.evaluation import command
 from repo_jax.evaluation.harness import model as harness
 from repo_jax.evaluation.harness.suites import SUITES, TASKS_DIR, Group, SuiteTask, alone
-from tests.evaluation.harness.asking import mistake, options
+from tests.evaluation.harness.asking import lines, mistake, options, report
 from tests.evaluation.harness.task_files import ROLLING
 from tests.tiny_runs import ROOT
-
-
-def report(output):
-    return json.loads((output / "evaluation" / "tasks.json").read_text())
-
-
-def lines(output, name):
-    text = (output / "evaluation" / f"{name}.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def test_what_is_written(run, tmp_path, capsys):
