@@ -33,7 +33,7 @@ from repo_jax.evaluation.harness.suites import (
     SuiteTask,
     alone,
 )
-from repo_jax.evaluation.harness.task_loading import load_tasks
+from repo_jax.evaluation.harness.task_loading import load_tasks, seed_globals
 from repo_jax.inference.loading import config_of, folder_of, load, open_mesh
 
 _PUBLISHED = "published_match"
@@ -247,6 +247,7 @@ def _started(
 
 def _evaluate(entry: _Entry, lm: RepoJaxLM, config: EvalConfig, out: Path, report: dict) -> None:
     """Adds an entry to the report, and writes it and its examples."""
+    seed_globals()
     found = run_tasks(
         lm=lm,
         task_dict={"tasks": entry.tasks, "groups": {}, "group_map": {}},

@@ -2,14 +2,25 @@
 
 import difflib
 import importlib.util
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
 from repo_jax.errors import ConfigError, MissingPackageError
 from repo_jax.evaluation.harness.local_data import data_sets_in
 from repo_jax.evaluation.harness.suites import SUITES
+
+
+def seed_globals() -> None:
+    """As lm-eval does before it loads tasks: some draw from global generators, and each is to
+    draw the same whatever came before it.
+    """
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002
 
 
 def load_tasks(manager: TaskManager, name: str, data_dir: str | None) -> dict[str, Any]:
@@ -22,6 +33,7 @@ def load_tasks(manager: TaskManager, name: str, data_dir: str | None) -> dict[st
             f"--tasks has {name!r}, which is no suite ({', '.join(SUITES)}) and no task of "
             f"lm-eval or --tasks_dir{hint}"
         )
+    seed_globals()
     try:
         with data_sets_in(data_dir):
             tasks = manager.load([name])["tasks"]
