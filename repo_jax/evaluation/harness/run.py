@@ -1,5 +1,6 @@
 """`eval.py --tasks`: tasks, then the model, then what is written of them."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -8,7 +9,7 @@ import logging
 import os
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from repo_jax.evaluation.harness.suites import (
 )
 from repo_jax.evaluation.harness.task_loading import load_tasks, seed_globals
 from repo_jax.inference.loading import config_of, folder_of, load, open_mesh
+from repo_jax.training import lock
 
 _PUBLISHED = "published_match"
 
@@ -72,23 +74,35 @@ def evaluate_tasks(config: EvalConfig) -> dict[str, Any]:
     tokenizer = Tokenizer.load(config.tokenizer or folder)
     entries = _entries(config, groups, config.tokenizer or folder)
     _check_room(config, entries)
-    found = _found(out, entries)
-    loaded = load(config, config.dtype, mesh)
+    with _held(out):
+        found = _found(out, entries)
+        loaded = load(config, config.dtype, mesh)
+        lm = RepoJaxLM(
+            *(loaded.model, loaded.params, tokenizer),
+            batch_tokens=config.batch_tokens,
+            cache=RequestCache(out / "requests.sqlite"),
+            mesh=mesh,
+        )
+        report = _started(out, config, loaded.step, lm.identity, found)
+        for group, members in itertools.groupby(entries, lambda entry: entry.group):
+            scaling = group.rope_scaling or loaded.model.config.rope_scaling
+            scaled = lm.scaled(scaling, group.max_length)
+            for entry in members:
+                _evaluate(entry, scaled, config, out, report)
+        return report
+
+
+@contextlib.contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Makes the folder, for this evaluation alone until it ends; two would lose results."""
     with cli.writing("--output"):
         out.mkdir(parents=True, exist_ok=True)
-    lm = RepoJaxLM(
-        *(loaded.model, loaded.params, tokenizer),
-        batch_tokens=config.batch_tokens,
-        cache=RequestCache(out / "requests.sqlite"),
-        mesh=mesh,
-    )
-    report = _started(out, config, loaded.step, lm.identity, found)
-    for group, members in itertools.groupby(entries, lambda entry: entry.group):
-        scaling = group.rope_scaling or loaded.model.config.rope_scaling
-        scaled = lm.scaled(scaling, group.max_length)
-        for entry in members:
-            _evaluate(entry, scaled, config, out, report)
-    return report
+    try:
+        with lock.hold(out, "--output"):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # where nothing has come into it
 
 
 def _groups(config: EvalConfig) -> tuple[Group, ...]:
