@@ -67,12 +67,7 @@ def run_suite(
     on_cpu = jax.default_backend() == "cpu"
     _check(suite, out, on_cpu)
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        held = lock.hold(out)
-        held.__enter__()
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("--run_dir", "--out")) from None
-    try:
+    with lock.hold(out, "--out"):
         run = _Run(suite, out, minutes)
         run.check_time()
         _begin(suite, out, command)
@@ -87,8 +82,6 @@ def run_suite(
         stopped = left > len(run.failed)
         reason = (stop.reason or "time") if stopped else None
         return Outcome(total - left, total, reason, tuple(run.failed))
-    finally:
-        held.__exit__(None, None, None)
 
 
 def _cores() -> int:

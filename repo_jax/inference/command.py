@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from repo_jax import cli
-from repo_jax.config import MeshConfig, RopeScaling
+from repo_jax.config import Dtype, MeshConfig, RopeScaling
 from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.inference.generator import Generator
@@ -27,6 +27,8 @@ class GenerateConfig:
       step: of the run: `latest`, `best`, or a number.
       revision: of the hub id.
       tokenizer: a tokenizer.json or its folder; None: the run's or the model folder's.
+      dtype: of activations, and of the weights as they are used; None: as the run was trained, and
+        float32 for a model.
       rope_scaling: YaRN, for contexts longer than the model was trained on.
       mesh: how all devices share the model, say `--mesh.tensor 8`; None: one has all of it.
       max_new_tokens: most tokens to add.
@@ -46,6 +48,7 @@ class GenerateConfig:
     step: str = "latest"
     revision: str | None = None
     tokenizer: str | None = None
+    dtype: Dtype | None = None
     rope_scaling: RopeScaling | None = None
     mesh: MeshConfig | None = None
     max_new_tokens: int = 64
@@ -124,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = _prompts(config)
     if config.prompt_file is not None:
         prompts = iter(list(prompts))  # a file that is not there is told of first
-    loaded = load(config, mesh=open_mesh(config, config.mesh))
+    loaded = load(config, config.dtype, open_mesh(config, config.mesh))
     tokenizer = Tokenizer.load(config.tokenizer or loaded.folder)
     generator = Generator(loaded.model, loaded.params, mesh=loaded.mesh)
     for prompt in prompts:

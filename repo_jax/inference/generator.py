@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol
 
@@ -13,13 +12,20 @@ import numpy as np
 
 from repo_jax import sharding
 from repo_jax.config import DecoderConfig
-from repo_jax.inference.sampling import Kind, Sampling, draw
+from repo_jax.inference.sampling import (
+    Kind,
+    Sampling,
+    draw,
+    places_among_equals,
+    row_keys,
+    streams,
+)
 from repo_jax.modeling import RePoLM
 from repo_jax.modeling.cache import Cache, empty_cache, extend, head, split_layers
 
 # A cache has 2 ** n slots and no fewer than these, and a batch 2 ** n rows, so that few programs
 # are compiled.
-LEAST_SLOTS = 512
+_LEAST_SLOTS = 512
 # Tokens of a prompt that are read together. More are faster where there is much arithmetic, but
 # the shortest prompt is padded to so many.
 _CHUNK = {"cpu": 128}
@@ -100,13 +106,14 @@ def _draw(config, params, hidden_B1D, state: _State, numbers, eos, kind: Kind) -
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk", "kind"))
 def _prefill(
-    config: DecoderConfig, params, tokens_BS, lengths_B, n_chunks, seed, places_B, numbers, eos,
+    config: DecoderConfig, params, tokens_BS, lengths_B, n_chunks, seed, streams_B2, numbers, eos,
     *, chunk: int, kind: Kind
 ) -> _State:  # fmt: skip
     """Reads prompts and draws the first token.
 
     tokens_BS: prompts in the first n_chunks * chunk slots, padded on the left.
     lengths_B: of the prompts; 0 for a row that only fills the batch.
+    streams_B2: of `sampling.streams`.
     """
     B, S = tokens_BS.shape
     index_BS = jnp.arange(S, dtype=jnp.int32)[None] - (n_chunks * chunk - lengths_B)[:, None]
@@ -125,7 +132,6 @@ def _prefill(
         own = (index_BS >= 0) & (jnp.arange(S)[None] < n_chunks * chunk)
         rows = jnp.arange(B)[:, None]
         seen = jnp.zeros((B, config.vocab_size), bool).at[rows, tokens_BS].max(own)
-    key = jax.random.key(seed)
     state = _State(
         cache=cache,
         token=jnp.zeros(B, jnp.int32),
@@ -134,7 +140,7 @@ def _prefill(
         done=lengths_B == 0,
         seen=seen,
         drawn=jnp.int32(0),
-        keys=jax.vmap(jax.random.fold_in, (None, 0))(key, places_B),
+        keys=row_keys(seed, streams_B2),
     )
     return _draw(config, params, hidden, state, numbers, eos, kind)
 
@@ -192,7 +198,7 @@ class Generator:
         self._least_rows = _LEAST_ROWS.get(device, 1)
         self._chunk = chunk or _CHUNK.get(device, _CHUNK_ELSEWHERE)
         if self._chunk not in [2**n for n in range(10)]:
-            raise ValueError(f"chunk is {chunk}; it must be a power of 2 up to {LEAST_SLOTS}")
+            raise ValueError(f"chunk is {chunk}; it must be a power of 2 up to {_LEAST_SLOTS}")
         # A policy says what a backward pass keeps, and there is none.
         self.config = dataclasses.replace(model.config, remat="none")
         self._mesh = mesh
@@ -219,6 +225,7 @@ class Generator:
         max_new_tokens: int = 64,
         sampling: Sampling = _GREEDY,
         seed: int = 0,
+        places: Sequence[int] | None = None,
         eos_ids: Sequence[int] | None = None,
         stop_strings: Sequence[str] = (),
         tokenizer: Decodes | None = None,
@@ -230,6 +237,8 @@ class Generator:
           every: tokens between two looks, 1 to 64.
           max_new_tokens, seed, eos_ids, stop_strings, tokenizer: as in `generate`.
           sampling: how tokens are drawn.
+          places: which of several equal prompts each one is, where others of them are in other
+            calls: in other places they draw otherwise. None: counted among `prompts`.
 
         Yields:
           A completion for each prompt; the `finish` of one that goes on is `length`.
@@ -241,17 +250,24 @@ class Generator:
             raise ValueError(f"every is {every}; it must be 1 to {_WINDOW}")
         config = self.config
         _check(prompts, config.vocab_size, max_new_tokens, stop_strings, tokenizer)
+        if places is None:
+            places = places_among_equals(prompts)
+        elif len(places) != len(prompts) or min(places, default=0) < 0:
+            raise ValueError(
+                f"places is {list(places)}; it must be a number from 0 for each of the "
+                f"{len(prompts)} prompts"
+            )
         if not prompts:
             return
         eos_ids = tuple(config.eos_ids if eos_ids is None else eos_ids)
         given = dict(numbers=sampling.numbers(), eos=np.array(eos_ids, np.int32))
         given |= dict(kind=sampling.kind)
         tokens, lengths, n_chunks = self._lay_out(prompts, max_new_tokens)
-        places = np.pad(_places(prompts), (0, len(lengths) - len(prompts)))
+        own = np.pad(streams(prompts, places), ((0, len(lengths) - len(prompts)), (0, 0)))
         rows = [_Row(set(eos_ids), tuple(stop_strings), tokenizer) for _ in prompts]
         with sharding.use(self._mesh):
             state = _prefill(
-                *(config, self._params, tokens, lengths, n_chunks, np.uint32(seed % 2**32), places),
+                *(config, self._params, tokens, lengths, n_chunks, np.uint32(seed % 2**32), own),
                 **given,
                 chunk=self._chunk,
             )
@@ -273,11 +289,19 @@ class Generator:
                 drawn += steps
                 new = [np.asarray(x)[:, :steps] for x in new]
 
+    def slots(self, longest: int, max_new_tokens: int) -> int:
+        """Of a cache for prompts of up to `longest` tokens and what follows them."""
+        # The last new tokens take the slots of the padding, which is in whole chunks with the
+        # longest prompt. But CoPE counts keys in the order of their slots.
+        if "cope" in self.config.kinds:
+            longest = -(-longest // self._chunk) * self._chunk
+        return max(_LEAST_SLOTS, _power_of_2(longest + max_new_tokens - 1))
+
     def _lay_out(self, prompts, max_new_tokens: int):
         """Prompts as `_prefill` wants them: tokens [B, S], lengths [B] and the number of chunks."""
-        n_chunks = -(-max(map(len, prompts)) // self._chunk)
-        used = n_chunks * self._chunk
-        slots = max(LEAST_SLOTS, _power_of_2(used + max_new_tokens - 1))
+        longest = max(map(len, prompts))
+        n_chunks = -(-longest // self._chunk)
+        used, slots = n_chunks * self._chunk, self.slots(longest, max_new_tokens)
         batch = max(self._least_rows, _power_of_2(len(prompts)))
         if self._mesh is not None:  # rows are split evenly
             split = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
@@ -346,8 +370,8 @@ def generate(
       prompts: token ids, of any lengths from 1.
       max_new_tokens: most tokens added to each.
       temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`.
-      seed: what is drawn for a prompt depends on it and the prompt's place among equal
-        prompts, not on the rest of the batch.
+      seed: what is drawn for a prompt depends on it, the prompt and the prompt's place among
+        equal prompts, not on the rest of the batch.
       eos_ids: ids that end a continuation; None: the config's; () never stops.
       stop_strings: a continuation ends with the token that completes one of these in its text;
         that token is kept, and the string may begin before it or end within it.
@@ -390,16 +414,6 @@ def _prepare(config: DecoderConfig, params, *, in_place: bool):
     if in_place:
         return jax.device_put(ready(jax.tree.map(np.asarray, params)), may_alias=True)
     return jax.jit(ready)(params)
-
-
-def _places(prompts) -> np.ndarray:
-    """Which of several equal prompts each one is: they draw differently."""
-    seen: Counter = Counter()
-    places = np.zeros(len(prompts), np.uint32)
-    for i, prompt in enumerate(map(tuple, prompts)):
-        places[i] = seen[prompt]
-        seen[prompt] += 1
-    return places
 
 
 def _power_of_2(n: int) -> int:

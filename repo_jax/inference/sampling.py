@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import zlib
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -75,6 +78,31 @@ class Kind(NamedTuple):
     random: bool
     filters: bool
     penalizes: bool
+
+
+def places_among_equals(prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Which of several equal prompts each one is, from 0: uint32 [B]."""
+    seen: Counter = Counter()
+    places = np.zeros(len(prompts), np.uint32)
+    for i, prompt in enumerate(map(tuple, prompts)):
+        places[i] = seen[prompt]
+        seen[prompt] += 1
+    return places
+
+
+def streams(prompts: Sequence[Sequence[int]], places: Sequence[int]) -> np.ndarray:
+    """What makes the draws of each prompt its own, in whatever batch: uint32 [B, 2].
+
+    A digest of its ids, the same on every machine, and its place among equal prompts.
+    """
+    digests = [zlib.crc32(np.asarray(prompt, "<i4").tobytes()) for prompt in prompts]
+    return np.stack([np.asarray(x, np.uint32) for x in (digests, places)], axis=1)
+
+
+def row_keys(seed, streams_B2: jax.Array) -> jax.Array:
+    """A random key [B] for each of `streams`."""
+    key, fold_in = jax.random.key(seed), jax.random.fold_in
+    return jax.vmap(lambda stream_2: fold_in(fold_in(key, stream_2[0]), stream_2[1]))(streams_B2)
 
 
 def draw(logits_BV, keys_B, seen_BV, numbers, kind: Kind):

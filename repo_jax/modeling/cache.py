@@ -63,7 +63,8 @@ class Cache:
     Attributes:
       keys, values: an array for each layer, as in `LayerCache`.
       index: int32 [B, S], as in `LayerCache`.
-      filled: int32 [], slots in use, of every row alike.
+      filled: int32 [], how many were written, of every row alike; after the last slot comes the
+        first again.
     """
 
     keys: tuple[jax.Array, ...]
@@ -115,17 +116,19 @@ def extend(
       tokens_BT: int32 [B, T].
       index_BT: int32 [B, T], which token of its sequence each one is; -1 for padding, which
         sees and is seen by nothing.
-      cache: with at least T slots left; what lies beyond its end is not checked.
+      cache: with T slots before its end, or at its beginning if it is full. Unchecked: that these
+        T have nothing, or padding of every row, and, for CoPE, that it was never full.
 
     Returns:
       The input of the head, [B, T, D], as `RePoLM.hidden`, and the new cache.
     """
     kept = jnp.where(index_BT < 0, NEVER, index_BT)
-    index = jax.lax.dynamic_update_slice(cache.index, kept, (0, cache.filled))
+    start = cache.filled % cache.index.shape[1]
+    index = jax.lax.dynamic_update_slice(cache.index, kept, (0, start))
     x_BTD = look_up(params["embedding"]["embedding"], tokens_BT, jnp.dtype(config.dtype))
     keys, values = [], []
     for i, kind in enumerate(config.kinds):
-        layer = LayerCache(cache.keys[i], cache.values[i], index, cache.filled)
+        layer = LayerCache(cache.keys[i], cache.values[i], index, start)
         given = {"params": params["layers"][i], "cache": {"attention": {"layer": layer}}}
         block = DecoderBlock(config, kind, parent=None)
         (x_BTD, _), written = block.apply(given, x_BTD, index=index_BT, mutable="cache")

@@ -16,12 +16,16 @@ NAME = "lock"
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def hold(folder: Path, option: str = "--run_dir") -> Iterator[None]:
     """Holds the lock of `folder`. The kernel lets it go when the process ends, however it ends.
 
     The file goes when the lock is given back, so that a start that is refused leaves nothing;
     that of a process that was killed stays, and bars no one. Where the file system has no locks,
     a line on standard error says so.
+
+    Args:
+      folder: which.
+      option: names it, for what is said to the user.
 
     Raises:
       ConfigError: another process holds it.
@@ -29,7 +33,7 @@ def hold(folder: Path) -> Iterator[None]:
     path = folder / NAME
     while True:
         with path.open("a+") as file:
-            _lock(file, folder)
+            _lock(file, folder, option)
             if not _is_at(file, path):
                 continue  # its last holder removed it between our opening and our locking it
             file.truncate(0)
@@ -49,21 +53,20 @@ def _is_at(file: TextIO, path: Path) -> bool:
         return False
 
 
-def _lock(file: TextIO, folder: Path) -> None:
+def _lock(file: TextIO, folder: Path, option: str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "another process"
         raise ConfigError(
-            f"{folder} is being written by {holder}; wait for it, stop it, or name "
-            "another --run_dir"
+            f"{folder} is being written by {holder}; wait for it, stop it, or name another {option}"
         ) from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
         print(
             f"{folder} is on a file system without locks ({error.strerror}): see to it that "
-            "no other process writes this run",
+            "no other process writes it",
             file=sys.stderr,
         )

@@ -89,6 +89,24 @@ def test_chunks_batches_and_looks_change_nothing(lengths, chunk, every):
     assert now == expected
 
 
+@pytest.mark.parametrize("kind", ["repo", "cope"])
+def test_padding_takes_no_slots_from_new_tokens(kind, monkeypatch):
+    """What comes last lies where the padding was, and is seen as if it lay at the end."""
+    monkeypatch.setattr(generator_module, "_LEAST_SLOTS", 16)
+    model, params = make(kind, n_layers=2)
+    prompts, options = prompts_of([3, 5, 1]), dict(max_new_tokens=12, eos_ids=())
+    generator = Generator(model, params, chunk=16)
+    slots = generator._lay_out(prompts, 12)[0].shape[1]
+    assert slots == (32 if kind == "cope" else 5 + 12 - 1)
+    for prompt, completion in zip(prompts, generator.complete(prompts, **options), strict=True):
+        ids, log_probs = recomputed(model, params, prompt, 12)
+        assert completion.ids == ids
+        np.testing.assert_allclose(completion.log_probs, log_probs, rtol=1e-4, atol=1e-4)
+    in_large_chunks = Generator(model, params, chunk=512).slots  # as on accelerators
+    assert in_large_chunks(3968, 128) == (8192 if kind == "cope" else 4096)
+    assert in_large_chunks(3970, 128) == 8192
+
+
 def test_rows_that_fill_up_a_batch_change_nothing(monkeypatch):
     """As for one prompt on a GPU."""
     model, params = make("repo")

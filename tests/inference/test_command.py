@@ -7,7 +7,7 @@ import pytest
 import repo_jax
 from repo_jax import cli
 from repo_jax.config import RopeScaling
-from repo_jax.inference import command
+from repo_jax.inference import Generator, command
 from tests.tiny_runs import make_run, parse, write_config
 
 
@@ -63,6 +63,21 @@ def test_yarn(run, capsys):
     assert printed(capsys, run, "--prompt", "abc", *options) == "abc" + scaled + "\n"
 
 
+def test_the_dtype_is_as_asked_for_or_the_models(run, capsys, monkeypatch):
+    made = []
+
+    class Recorded(Generator):
+        def __init__(self, model, params, **options):
+            super().__init__(model, params, **options)
+            made.append((model.config.dtype, self._params["head"]["kernel"].dtype))
+
+    monkeypatch.setattr(command, "Generator", Recorded)
+    out = printed(capsys, run, "--prompt", "abc")
+    assert out == "abc" + continuation(run, "abc", 6) + "\n"
+    assert printed(capsys, run, "--prompt", "abc", "--dtype", "bfloat16").startswith("abc")
+    assert made == [("float32", "float32"), ("bfloat16", "bfloat16")]
+
+
 def test_a_mesh_changes_nothing(run, capsys):
     options = ["--prompt", "abc", "--mesh.tensor", "2", "--mesh.data", "2"]
     assert printed(capsys, run, *options) == "abc" + continuation(run, "abc", 6) + "\n"
@@ -75,6 +90,7 @@ def test_a_mesh_changes_nothing(run, capsys):
         (["--prompt", ""], "--prompt is empty; give at least one character"),
         (["--prompt_file", "nowhere.txt"], "--prompt_file nowhere.txt cannot be read as text"),
         (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens is 0; it must be 1"),
+        (["--prompt", "a", "--dtype", "half"], "dtype"),
         (["--prompt", "a", "--min_p", "2"], "--min_p is 2.0; it must be from 0 to 1"),
         (["--prompt", "a", "--mesh.tensor", "4"], "mesh.tensor is 4; it must divide model.n_heads"),
     ],

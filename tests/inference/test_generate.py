@@ -9,7 +9,7 @@ import pytest
 import repo_jax
 from repo_jax import cli
 from repo_jax.config import DecoderConfig
-from repo_jax.inference import Generator, command
+from repo_jax.inference import Generator, Sampling, command
 from repo_jax.modeling import RePoLM, init_params
 from tests.golden_sets import ROOT, SETS, reference
 from tests.tiny_runs import make_run, parse, write_config
@@ -88,6 +88,34 @@ def test_seeds_and_batches(made):
     for prompt, continuation in list(zip(eight, first, strict=True))[:5]:
         (alone,) = repo_jax.generate(*made, [prompt], **sampled, seed=5)
         assert alone == continuation
+
+
+def test_prompts_draw_independently(made):
+    """Two that are continued with the same probabilities."""
+    model, params = made
+    params = jax.tree.map(lambda x: x, params)
+    params["head"]["kernel"] *= 0.0  # all tokens are as likely, whatever was read
+    sampled = dict(max_new_tokens=16, temperature=1.0, eos_ids=())
+    prompts = [*PROMPTS, [1, 2, 4], [1, 2], [1, 2, 3]]
+    drawn = repo_jax.generate(model, params, prompts, **sampled)
+    assert len(set(map(tuple, drawn))) == len(prompts)
+    # Sixteen of forty tokens: two rows are the same in 0.4 places by chance.
+    same = (np.array(drawn)[:, None] == np.array(drawn)[None]).sum(-1)
+    assert same[~np.eye(len(prompts), dtype=bool)].max() < 6
+
+
+def test_equal_prompts_of_several_calls_draw_as_in_one(made):
+    generator, prompts = Generator(*made), [[1, 2, 3]] * 8
+    options = dict(max_new_tokens=10, sampling=Sampling(temperature=1.0), eos_ids=())
+    together = [completion.ids for completion in generator.complete(prompts, **options)]
+    assert len(set(map(tuple, together))) > 1
+    apart = []
+    for places in ([0, 1, 2], [3], [4, 5, 6, 7]):
+        found = generator.complete(prompts[: len(places)], places=places, **options)
+        apart += [completion.ids for completion in found]
+    assert apart == together
+    with pytest.raises(ValueError, match=r"places is \[0\]; it must be a number from 0 for each"):
+        generator.complete(prompts, places=[0], **options)
 
 
 @pytest.mark.parametrize("only_one", [dict(top_k=1), dict(top_p=1e-6), dict(top_k=3, top_p=1e-6)])

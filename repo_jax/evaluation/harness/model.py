@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,10 +21,18 @@ from repo_jax.config import MeshConfig, RopeScaling, to_dict
 from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation.harness.cache import RequestCache
+from repo_jax.evaluation.harness.requests import (
+    NEW_TOKENS,
+    batches,
+    generation_options,
+    is_sampled,
+    prompt_room,
+    reach,
+)
 from repo_jax.evaluation.perplexity import log_probabilities
-from repo_jax.inference.generator import LEAST_SLOTS, Generator
+from repo_jax.inference.generator import Generator
 from repo_jax.inference.loading import folder_of, load, open_mesh
-from repo_jax.inference.sampling import Sampling
+from repo_jax.inference.sampling import Sampling, places_among_equals
 from repo_jax.modeling import RePoLM
 from repo_jax.progress import progress
 
@@ -32,8 +41,6 @@ _MODEL_ARGS = (
     *("run", "pretrained", "step", "revision", "tokenizer", "dtype", "batch_tokens"),
     *("max_length", "rope_factor", "rope_original_length", "cache", *_MESH_ARGS),
 )
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +83,7 @@ class RepoJaxLM(TemplateLM):
         mesh: Mesh | None = None,
     ):
         super().__init__()
-        scaling = model.config.rope_scaling
-        trained = model.config.trained_length
-        reach = trained if scaling is None else int(scaling.factor * scaling.original_length)
-        self.max_length = reach if max_length is None else max_length
+        self.max_length = reach(model.config) if max_length is None else max_length
         self._model, self._params, self._tokenizer = model, params, tokenizer
         self._batch_tokens, self._cache, self._mesh = batch_tokens, cache, mesh
 
@@ -159,7 +163,7 @@ class RepoJaxLM(TemplateLM):
     @property
     def max_gen_toks(self) -> int:
         """New tokens where a task does not say how many."""
-        return 256
+        return NEW_TOKENS
 
     @property
     def tokenizer_name(self) -> str:
@@ -172,8 +176,22 @@ class RepoJaxLM(TemplateLM):
         """The ids of a text, nothing added."""
         return self._tokenizer.encode(string)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """lm-eval's: what the ids of both together have beyond those of the context.
+
+        Where that is nothing, the continuation having merged into the context's last token, it
+        is taken as tokens of its own.
+        """
+        ids, continued = super()._encode_pair(context, continuation)
+        if not continued:
+            continued = self.tok_encode(context[len(context.rstrip()) :] + continuation)
+        return ids, continued
+
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """See lm-eval. An empty context is one eos."""
+        """See lm-eval. An empty context is one eos; an empty continuation is a ConfigError."""
+        for request in requests:
+            if not request.args[1]:
+                raise _no_text(request.args[0])
         score = lambda todo: super(RepoJaxLM, self).loglikelihood(todo, disable_tqdm=True)
         answers = self._remembered("loglikelihood", requests, score)
         return [(float(logprob), bool(greedy)) for logprob, greedy in answers]
@@ -221,18 +239,16 @@ class RepoJaxLM(TemplateLM):
 
     def _generate(self, requests) -> list[str]:
         groups: dict[str, list[int]] = {}
-        options = [_generation_options(request.args[1], self.max_gen_toks) for request in requests]
-        prompts = []
-        for i, (request, (_, sampling)) in enumerate(zip(requests, options, strict=True)):
-            room = self.max_length - sampling["max_new_tokens"]
-            if room < 1:
-                raise ConfigError(
-                    f"a task generates {sampling['max_new_tokens']} tokens, which leaves no "
-                    f"room for a prompt in max_length, {self.max_length}"
-                )
+        options = [generation_options(request.args[1]) for request in requests]
+        prompts, cut = [], 0
+        for i, request in enumerate(requests):
+            task = f"the task {request.task_name}" if request.task_name else "a task"
+            room = prompt_room(task, request.args[1], self.max_length)
             context = self.tok_encode(request.args[0]) or [self.prefix_token_id]
             prompts.append(context[-room:])
+            cut += len(context) > room
             groups.setdefault(json.dumps(options[i]), []).append(i)
+        self._say_cut(cut, len(requests))
         texts = [""] * len(requests)
         with progress("generate", len(requests), "requests") as update:
             for group in groups.values():
@@ -252,13 +268,17 @@ class RepoJaxLM(TemplateLM):
             drawn = Sampling(**given)
         except ValueError as error:
             raise ConfigError(f"generation_kwargs: {error}") from None
-        lengths = {i: len(prompt) + new for i, prompt in prompts.items()}
-        for rows, _, _ in _batches(lengths, self._batch_tokens, 1, LEAST_SLOTS):
+        # Repeats of a request may be in several batches.
+        places = dict(zip(prompts, places_among_equals([*prompts.values()]), strict=True))
+        lengths = {i: len(prompt) for i, prompt in prompts.items()}
+        slots = lambda length: self._generator.slots(length, new)
+        for rows, _, _ in batches(lengths, self._batch_tokens, slots):
             completions = self._generator.complete(
                 [prompts[i] for i in rows],
                 max_new_tokens=new,
                 sampling=drawn,
                 seed=seed,
+                places=[places[i] for i in rows],
                 eos_ids=(self.eot_token_id, *self._model.config.eos_ids),
                 stop_strings=until,
                 tokenizer=self._tokenizer,
@@ -270,8 +290,10 @@ class RepoJaxLM(TemplateLM):
 
     def _score(self, pairs) -> Iterator[tuple[int, tuple[float, bool]]]:
         """Index, log-probability and whether it is the greedy one, for (context, continuation)."""
-        tokens, counts = [], []
+        tokens, counts, cut = [], [], 0
         for context, continuation in pairs:
+            if not continuation:
+                raise _no_text(self._tokenizer.decode(context))
             if len(continuation) > self.max_length:
                 start = self._tokenizer.decode(continuation[:12])
                 raise ConfigError(
@@ -280,13 +302,15 @@ class RepoJaxLM(TemplateLM):
                 )
             # A context of spaces is none: lm-eval gives them to the continuation.
             context = context or [self.prefix_token_id]
-            tokens.append([*context, *continuation][-(self.max_length + 1) :])
+            row, room = [*context, *continuation], self.max_length + 1
+            tokens.append(row[-room:])
+            cut += len(row) > room
             counts.append(len(continuation))
-        lengths = {i: len(row) - 1 for i, row in enumerate(tokens) if counts[i]}
-        yield from ((i, (0.0, True)) for i, count in enumerate(counts) if not count)
+        self._say_cut(cut, len(tokens))
+        lengths = {i: len(row) - 1 for i, row in enumerate(tokens)}
         with progress("score", len(lengths), "requests") as update:
-            for rows, width, size in _batches(lengths, self._batch_tokens):
-                wide = max(8, _round_up(max(counts[i] for i in rows), steps=1))
+            for rows, width, size in batches(lengths, self._batch_tokens):
+                wide = max(8, 1 << (max(counts[i] for i in rows) - 1).bit_length())
                 inputs = np.zeros((size, width), np.int32)
                 at, targets = np.zeros((2, size, wide), np.int32)
                 for row, i in enumerate(rows):
@@ -302,10 +326,26 @@ class RepoJaxLM(TemplateLM):
                     yield i, (logprob, bool(greedy[row, :count].all()))
                 update(len(rows))
 
+    def _say_cut(self, n: int, of: int) -> None:
+        if n:
+            what = f"{n} of {of} requests lose their beginning"
+            print(f"{what}: max_length is {self.max_length}", file=sys.stderr)
+
+    def dropped(self, args: tuple) -> int:
+        """How many tokens a request with these arguments loses at its beginning, to fit."""
+        if len(args) == 1:
+            return 0  # the windows of a text have all of it
+        context, asked = args
+        if isinstance(asked, dict):
+            text, room = context, prompt_room("a task", asked, self.max_length)
+        else:
+            text, room = context + asked, self.max_length + 1
+        return max(0, len(self.tok_encode(text)) - room)
+
     def _remembered(self, kind: str, requests, answer) -> list:
         known = [
             None
-            if self._cache is None or _is_sampled(request)
+            if self._cache is None or is_sampled(request)
             else self._cache.get(self.identity, kind, request.args)
             for request in requests
         ]
@@ -324,54 +364,11 @@ class RepoJaxLM(TemplateLM):
             self._cache.put(self.identity, kind, args, answer=answer)
 
 
-def _is_sampled(request) -> bool:
-    if request.request_type != "generate_until":
-        return False
-    return bool(_generation_options(request.args[1], 1)[1]["temperature"])
-
-
-def _generation_options(gen_kwargs: dict, max_new_tokens: int) -> tuple[tuple[str, ...], dict]:
-    """Stop strings, and the keywords of `generate`."""
-    given = dict(gen_kwargs)
-    until = given.pop("until", None) or ()
-    until = (until,) if isinstance(until, str) else tuple(until)
-    do_sample = given.pop("do_sample", None)
-    for name in _NEW_TOKENS:
-        max_new_tokens = int(given.pop(name, max_new_tokens))
-    for name in given:
-        if name not in _SAMPLING:
-            raise ConfigError(
-                f"generation_kwargs has {name}; the model repo_jax takes until, do_sample, "
-                f"{_NEW_TOKENS[0]}, {', '.join(_SAMPLING)}"
-            )
-    # lm-eval's tasks write temperature 1 beside do_sample false.
-    greedy = not given.get("temperature", 1.0 if do_sample else 0.0) or do_sample is False
-    given["temperature"] = 0.0 if greedy else float(given.get("temperature", 1.0))
-    return until, given | {"max_new_tokens": max_new_tokens}
-
-
-def _round_up(n: int, steps: int = 2) -> int:
-    """The next power of two, or with `steps` 2 also 1.5 times one."""
-    power = 1 << max(0, n - 1).bit_length()
-    return power * 3 // 4 if steps == 2 and power >= 4 and n <= power * 3 // 4 else power
-
-
-def _batches(
-    lengths: dict[int, int], batch_tokens: int, steps: int = 2, least: int = 16
-) -> Iterator[tuple[Sequence[int], int, int]]:
-    """Which go together: their indices, width and rows; the longest first.
-
-    A batch that does not fit the device's memory then fails at once.
-    """
-    width_of = lambda i: max(least, _round_up(lengths[i], steps))
-    order = sorted(lengths, key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        width = width_of(order[start])
-        size = sharding.even_rows(batch_tokens // width)
-        rows = [i for i in order[start : start + size] if width_of(i) == width]
-        yield rows, width, size
-        start += len(rows)
+def _no_text(context: str) -> ConfigError:
+    return ConfigError(
+        f"a task asks for the log-probability of no text after {context[-40:]!r}; what it has to "
+        "choose from must not be empty"
+    )
 
 
 @jax.jit

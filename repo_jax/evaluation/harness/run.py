@@ -1,16 +1,15 @@
 """`eval.py --tasks`: tasks, then the model, then what is written of them."""
 
+import contextlib
 import dataclasses
-import difflib
 import hashlib
-import importlib.util
 import itertools
 import json
 import logging
 import os
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ from lm_eval.tasks import TaskManager
 from repo_jax import cli
 from repo_jax.config import to_dict
 from repo_jax.data import Tokenizer
-from repo_jax.errors import ConfigError, MissingPackageError
+from repo_jax.errors import ConfigError
 from repo_jax.evaluation.config import EvalConfig
 from repo_jax.evaluation.harness.baselines import baseline
 from repo_jax.evaluation.harness.cache import RequestCache
-from repo_jax.evaluation.harness.local_data import data_sets_in
 from repo_jax.evaluation.harness.model import RepoJaxLM
+from repo_jax.evaluation.harness.requests import prompt_room, reach
 from repo_jax.evaluation.harness.statistics import score_interval, shown, statistic_interval
 from repo_jax.evaluation.harness.suites import (
     RULER_TASKS,
@@ -35,7 +34,9 @@ from repo_jax.evaluation.harness.suites import (
     SuiteTask,
     alone,
 )
-from repo_jax.inference.loading import folder_of, load, open_mesh
+from repo_jax.evaluation.harness.task_loading import load_tasks, seed_globals
+from repo_jax.inference.loading import config_of, folder_of, load, open_mesh
+from repo_jax.training import lock
 
 _PUBLISHED = "published_match"
 
@@ -72,23 +73,36 @@ def evaluate_tasks(config: EvalConfig) -> dict[str, Any]:
     mesh = open_mesh(config, config.mesh)
     tokenizer = Tokenizer.load(config.tokenizer or folder)
     entries = _entries(config, groups, config.tokenizer or folder)
-    found = _found(out, entries)
-    loaded = load(config, config.dtype, mesh)
+    _check_room(config, entries)
+    with _held(out):
+        found = _found(out, entries)
+        loaded = load(config, config.dtype, mesh)
+        lm = RepoJaxLM(
+            *(loaded.model, loaded.params, tokenizer),
+            batch_tokens=config.batch_tokens,
+            cache=RequestCache(out / "requests.sqlite"),
+            mesh=mesh,
+        )
+        report = _started(out, config, loaded.step, lm.identity, found)
+        for group, members in itertools.groupby(entries, lambda entry: entry.group):
+            scaling = group.rope_scaling or loaded.model.config.rope_scaling
+            scaled = lm.scaled(scaling, group.max_length)
+            for entry in members:
+                _evaluate(entry, scaled, config, out, report)
+        return report
+
+
+@contextlib.contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Makes the folder, for this evaluation alone until it ends; two would lose results."""
     with cli.writing("--output"):
         out.mkdir(parents=True, exist_ok=True)
-    lm = RepoJaxLM(
-        *(loaded.model, loaded.params, tokenizer),
-        batch_tokens=config.batch_tokens,
-        cache=RequestCache(out / "requests.sqlite"),
-        mesh=mesh,
-    )
-    report = _started(out, config, loaded.step, lm.identity, found)
-    for group, members in itertools.groupby(entries, lambda entry: entry.group):
-        scaling = group.rope_scaling or loaded.model.config.rope_scaling
-        scaled = lm.scaled(scaling, group.max_length)
-        for entry in members:
-            _evaluate(entry, scaled, config, out, report)
-    return report
+    try:
+        with lock.hold(out, "--output"):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # where nothing has come into it
 
 
 def _groups(config: EvalConfig) -> tuple[Group, ...]:
@@ -135,7 +149,7 @@ def _entries(config: EvalConfig, groups: Iterable[Group], tokenizer: Path | str)
             if asked.task not in own.all_tasks:
                 everything = everything or TaskManager(include_path=own_paths, metadata=shared)
                 manager = everything
-            entry = _entry(config, group, asked, _load(manager, asked.task, config.data_dir))
+            entry = _entry(config, group, asked, load_tasks(manager, asked.task, config.data_dir))
             if entry.name in entries:
                 raise ConfigError(f"--tasks names {entry.name} twice")
             entries[entry.name] = entry
@@ -145,106 +159,6 @@ def _entries(config: EvalConfig, groups: Iterable[Group], tokenizer: Path | str)
             "needles in one"
         )
     return list(entries.values())
-
-
-def _load(manager: TaskManager, name: str, data_dir: str | None) -> dict[str, Any]:
-    """lm-eval's tasks of a name, with their data."""
-    if name not in manager.all_tasks:
-        known = [*SUITES, *manager.all_tasks]
-        (near,) = difflib.get_close_matches(name, known, n=1) or [""]
-        hint = f"; did you mean {near}?" if near else ""
-        raise ConfigError(
-            f"--tasks has {name!r}, which is no suite ({', '.join(SUITES)}) and no task of "
-            f"lm-eval or --tasks_dir{hint}"
-        )
-    try:
-        with data_sets_in(data_dir):
-            tasks = manager.load([name])["tasks"]
-    except (ConfigError, MissingPackageError):
-        raise
-    except ImportError as error:
-        missing = _missing(error)
-        package = missing.partition(".")[0]
-        if not package.isidentifier():
-            raise ConfigError(f"the task {name} cannot be loaded: {missing}") from error
-        if importlib.util.find_spec(package):
-            raise ConfigError(
-                f"the task {name} does not work with the installed {package}, which has no "
-                f"{missing}"
-            ) from error
-        in_suites = {t.task for groups in SUITES.values() for group in groups for t in group.tasks}
-        extra = "eval" if name in in_suites else None  # which brings what the suites need
-        raise MissingPackageError(package, f"the task {name}", extra) from error
-    except Exception as error:  # of whatever lies between here and the hub
-        raise ConfigError(_no_data(manager, name, data_dir, error)) from error
-    return dict(sorted(tasks.items()))
-
-
-def _missing(error: BaseException) -> str:
-    """What could not be imported; lm-eval says so in words of its own."""
-    while isinstance(inner := error.__cause__ or error.__context__, ImportError):
-        error = inner
-    return getattr(error, "name", None) or str(error)
-
-
-def _no_data(manager: TaskManager, name: str, data_dir: str | None, error: Exception) -> str:
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-    place = data_dir or "DATA_DIR"
-    first, _, kind = name.partition("_")
-    files, hub = {
-        "nlgraph": (f"nlgraph/{kind}.json of github.com/Arthur-Heng/NLGraph", "huayangli/nlgraph"),
-        "hybridqa": (
-            "hybridqa/dev.traced.json of github.com/wenhuchen/HybridQA and hybridqa/tables_tok/ of "
-            "github.com/wenhuchen/WikiTables-WithLinks",
-            "huayangli/hybrid_qa",
-        ),
-    }.get(first, ("", ""))
-    wanted = _data_sets(manager, name)
-    if files:
-        what = (
-            f"put {files} into {place} and give --data_dir, or run once with a network, which "
-            f"fetches {hub}"
-        )
-    elif wanted:
-        folders = " and ".join(f"{place}/{path}" for path in wanted)
-        sets = " and ".join(
-            path + (f" (configuration {', '.join(names)})" if names else "")
-            for path, names in wanted.items()
-        )
-        what = (
-            f"fetch the data set {sets} from huggingface.co by running once with a network, or "
-            f"copy the cache of such a run (HF_HOME), or put a copy of its repository into "
-            f"{folders} and give --data_dir"
-        )
-    else:
-        what = "the files are named in data_files of the task's file"
-    return f"the data of the task {name} cannot be had ({reason}); {what}"
-
-
-def _data_sets(manager: TaskManager, name: str) -> dict[str, list[str]]:
-    """The configurations of the hub's data sets that a task, group or tag reads."""
-    found: dict[str, list[str]] = {}
-    for config in _task_files(manager.task_index, name):
-        path = config.get("dataset_path")
-        if path and "data_files" not in (config.get("dataset_kwargs") or {}):
-            names, configuration = found.setdefault(path, []), config.get("dataset_name")
-            if configuration and configuration not in names:
-                names.append(configuration)
-    return found
-
-
-def _task_files(index: Mapping[str, Any], asked: str | dict) -> Iterator[dict[str, Any]]:
-    """What the files of a task say, or those of the tasks in a group or under a tag."""
-    if isinstance(asked, str):
-        entry = index.get(asked)
-        asked = {} if entry is None else entry.cfg or {"task": sorted(entry.tags)}
-    members = asked.get("task")
-    if isinstance(members, list):
-        for member in members:
-            yield from _task_files(index, member)
-    else:  # a group may name a task and change it
-        named = index.get(members)
-        yield ((named and named.cfg) or {}) | asked
 
 
 def _entry(config: EvalConfig, group: Group, asked: SuiteTask, tasks: dict[str, Any]) -> _Entry:
@@ -287,6 +201,18 @@ def _check_shots(task) -> None:
             f"the task {task.config.task} is to show {shots} examples before a question and has "
             f"{len(sampler.df) - others}; --num_fewshot asks for fewer"
         )
+
+
+def _check_room(config: EvalConfig, entries: Iterable[_Entry]) -> None:
+    """The model would find out when it comes to the task."""
+    model = config_of(config)
+    if config.rope_scaling is not None:
+        model = dataclasses.replace(model, rope_scaling=config.rope_scaling)
+    for entry in entries:
+        for name, task in entry.tasks.items():
+            if task.OUTPUT_TYPE == "generate_until":
+                options = task.get_config("generation_kwargs") or {}
+                prompt_room(f"the task {name}", options, entry.group.max_length or reach(model))
 
 
 def _found(out: Path, entries: Iterable[_Entry]) -> dict[str, Any] | None:
@@ -335,6 +261,7 @@ def _started(
 
 def _evaluate(entry: _Entry, lm: RepoJaxLM, config: EvalConfig, out: Path, report: dict) -> None:
     """Adds an entry to the report, and writes it and its examples."""
+    seed_globals()
     found = run_tasks(
         lm=lm,
         task_dict={"tasks": entry.tasks, "groups": {}, "group_map": {}},
@@ -347,7 +274,8 @@ def _evaluate(entry: _Entry, lm: RepoJaxLM, config: EvalConfig, out: Path, repor
     for name in entry.tasks:
         for sample in found["samples"][name]:
             if sample["filter"] == filter_name:
-                rows.append(_row(name, sample, metric))
+                dropped = max(map(lm.dropped, sample["arguments"]))
+                rows.append(_row(name, sample, metric, dropped))
     if not rows:
         raise ConfigError(f"the task {entry.name} has no filter {filter_name}")
     rows.sort(key=lambda row: (row["task"], row["doc_id"]))
@@ -361,6 +289,7 @@ def _evaluate(entry: _Entry, lm: RepoJaxLM, config: EvalConfig, out: Path, repor
     report["tasks"][entry.name] = {
         **entry.settings,
         "examples": len(rows),
+        "truncated": sum(row["dropped_tokens"] > 0 for row in rows),
         "score": score,
         "low": interval[0],
         "high": interval[1],
@@ -384,7 +313,7 @@ def _haystacks(task) -> set[str]:
     return {doc["haystack"] for doc in task.eval_docs if "haystack" in doc} if made_here else set()
 
 
-def _row(task: str, sample: dict, metric: str) -> dict[str, Any]:
+def _row(task: str, sample: dict, metric: str, dropped: int) -> dict[str, Any]:
     if metric not in sample:
         known = ", ".join(sample["metrics"])
         raise ConfigError(f"the task {task} has no metric {metric}; it has {known}")
@@ -399,6 +328,7 @@ def _row(task: str, sample: dict, metric: str) -> dict[str, Any]:
         "metric": metric,
         "score": list(score) if isinstance(score, (tuple, list)) else float(score),
         "prompt": prompt,
+        "dropped_tokens": dropped,
         **({"choices": [request[1] for request in requests]} if chosen else {}),
         "output": output if chosen else output[0],
         "target": sample["target"],
@@ -434,6 +364,7 @@ def table(report: dict[str, Any]) -> str:
             f"{number(row['empty']):>7} {number(row['constant']):>8}"
             + (f" ({' '.join(answer.split())[:30]})" if answer is not None else "")
             + (f" haystack: {row['haystack']}" if row["haystack"] else "")
+            + (f" truncated: {truncated}" if (truncated := row.get("truncated")) else "")
         )
     for name, row in report["groups"].items():
         lines.append(f"{name:<26} mean of {len(row['tasks'])} tasks {'':>13} {row['score']:>8.4f}")

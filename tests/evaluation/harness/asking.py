@@ -1,4 +1,6 @@
-"""eval.py --tasks, asked."""
+"""eval.py --tasks, asked, and what it wrote."""
+
+import json
 
 import pytest
 
@@ -28,3 +30,12 @@ def mistake(capsys, arguments):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     return error
+
+
+def report(output):
+    return json.loads((output / "evaluation" / "tasks.json").read_text())
+
+
+def lines(output, name):
+    text = (output / "evaluation" / f"{name}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from repo_jax.evaluation import command
+from repo_jax.training import lock
 from tests.evaluation.harness.asking import mistake, options
 from tests.evaluation.harness.task_files import CHOICE
 from tests.tiny_runs import ROOT
@@ -198,3 +200,21 @@ def test_lm_eval_is_imported_when_it_is_used_only():
 def test_a_model_needs_somewhere_to_write(run, capsys):
     given = ["--model", str(run / "model"), "--tasks", "letters", "--tasks_dir", str(run / "own")]
     assert "--model with --tasks needs --output" in mistake(capsys, given)
+
+
+def test_a_folder_that_another_evaluation_writes_is_refused_before_the_model_is_read(
+    run, tmp_path, capsys, monkeypatch
+):
+    """Each would write its own tasks.json over the other's."""
+    monkeypatch.setattr(
+        "repo_jax.evaluation.harness.run.load", lambda *_, **__: pytest.fail("read")
+    )
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    with lock.hold(folder):
+        error = mistake(capsys, options(run, "letters", tmp_path))
+    assert error.startswith(f"error: {folder} is being written by process {os.getpid()} on ")
+    assert error.endswith("; wait for it, stop it, or name another --output")
+    with pytest.raises(pytest.fail.Exception, match="read"):
+        command.main(options(run, "letters", tmp_path))
+    assert not folder.exists()

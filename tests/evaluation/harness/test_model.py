@@ -6,13 +6,14 @@ import functools
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
 from repo_jax import sharding
 from repo_jax.config import DecoderConfig, MeshConfig, RopeScaling
-from repo_jax.data import ValidationBatches, byte_tokenizer
+from repo_jax.data import Tokenizer, ValidationBatches, byte_tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation.harness import model as harness
 from repo_jax.evaluation.harness.cache import RequestCache
@@ -104,6 +105,26 @@ def test_contexts_lose_their_beginning_and_continuations_nothing(parts):
         lm.loglikelihood(ask("loglikelihood", (text, "h" * 17)))
 
 
+def test_a_continuation_that_merges_into_the_context_is_tokens_of_its_own(parts):
+    """As `b` after `a` where `ab` is one token, too: lm-eval's pair is then ([a], [])."""
+    model, params, _ = parts
+    vocab = {"a": 0, "b": 1, "ab": 2, " ": 3, "<eos>": EOS}
+    merging = tokenizers.models.BPE(vocab=vocab, merges=[("a", "b")])
+    lm = RepoJaxLM(model, params, Tokenizer(tokenizers.Tokenizer(merging), EOS))
+    for pair, ids in ((("a", "b"), ([0], [1])), (("ba", "b"), ([1, 0], [1]))):
+        ((logprob, _),) = lm.loglikelihood(ask("loglikelihood", pair))
+        assert logprob < 0.0
+        np.testing.assert_allclose(logprob, expected(parts, *ids)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("context", ["abc", ""])
+def test_no_continuation_is_never_the_likeliest(lm, context):
+    with pytest.raises(ConfigError, match=f"log-probability of no text after '{context}'; what"):
+        lm.loglikelihood(ask("loglikelihood", ("abc", "d"), (context, "")))
+    with pytest.raises(ConfigError, match="log-probability of no text after 'abc'; what"):
+        lm._loglikelihood_tokens([(None, list(b"abc"), [])])
+
+
 def evaluated(parts, tokens, width):
     """What eval.py sums over windows of `width` tokens."""
     model, params, _ = parts
@@ -185,6 +206,21 @@ def test_prompts_of_many_lengths_are_answered_in_their_order(lm):
     assert len(set(together)) > 1
 
 
+def test_a_batch_has_the_rows_that_its_cache_leaves_room_for(parts, monkeypatch):
+    """Of 512 slots for a prompt of 500 tokens and 13 new ones, whose last one is never read."""
+    asked, complete = [], harness.Generator.complete
+
+    def recorded(self, prompts, **given):
+        asked.append(self._lay_out(prompts, given["max_new_tokens"])[0].shape)
+        return complete(self, prompts, **given)
+
+    monkeypatch.setattr(harness.Generator, "complete", recorded)
+    lm = RepoJaxLM(*parts, batch_tokens=1024, max_length=4096)
+    options = {"until": [], "max_gen_toks": 13}
+    lm.generate_until(ask("generate_until", ("a" * 500, options), ("b" * 500, options)))
+    assert asked == [(2, 512)]
+
+
 def test_sampling_options_reach_the_generator(lm):
     drawn = lambda **options: lm.generate_until(
         ask("generate_until", ("abc", {"max_gen_toks": 12, "do_sample": True} | options))
@@ -194,6 +230,15 @@ def test_sampling_options_reach_the_generator(lm):
     assert drawn(temperature=1.5, top_k=1) == [greedy_text(lm, "abc", 12)]
     # lm-eval's tasks write a temperature beside do_sample: false.
     assert drawn(temperature=1.0, do_sample=False) == [greedy_text(lm, "abc", 12)]
+
+
+def test_repeats_of_a_request_draw_on_whatever_the_batches(parts):
+    """lm-eval asks for 64 samples of an example with one request 64 times."""
+    repeats = ask("generate_until", ("abc", {"max_gen_toks": 12, "temperature": 1.0})) * 16
+    narrow, wide = (RepoJaxLM(*parts, batch_tokens=tokens) for tokens in (1024, 16 * 512))
+    texts = narrow.generate_until(repeats)  # two rows to a batch
+    assert len(set(texts)) == len(texts)
+    assert wide.generate_until(repeats) == texts
 
 
 @pytest.mark.parametrize(

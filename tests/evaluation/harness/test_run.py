@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -20,18 +22,9 @@ from repo_jax import RopeScaling
 from repo_jax.evaluation import command
 from repo_jax.evaluation.harness import model as harness
 from repo_jax.evaluation.harness.suites import SUITES, TASKS_DIR, Group, SuiteTask, alone
-from tests.evaluation.harness.asking import mistake, options
-from tests.evaluation.harness.task_files import ROLLING
+from tests.evaluation.harness.asking import lines, mistake, options, report
+from tests.evaluation.harness.task_files import CHOICE, ROLLING
 from tests.tiny_runs import ROOT
-
-
-def report(output):
-    return json.loads((output / "evaluation" / "tasks.json").read_text())
-
-
-def lines(output, name):
-    text = (output / "evaluation" / f"{name}.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def test_what_is_written(run, tmp_path, capsys):
@@ -159,6 +152,42 @@ def test_rolling_tasks_score_a_document_as_perplexity_does_after_another(run, tm
     assert rolled["score"] == [pytest.approx(-nll, rel=1e-5), 30]
     score = report(tmp_path)["tasks"]["texts"]["score"]
     assert score == pytest.approx(nll / n_bytes / math.log(2), rel=1e-5)
+
+
+DRAWS = """
+import random
+
+import numpy as np
+
+
+def choose(doc):
+    return {"gold": random.randrange(3), "q": f"after {np.random.randint(1000)}"}
+
+
+def process_docs(dataset):
+    return dataset.map(choose)
+"""
+
+
+def test_tasks_that_draw_from_global_generators_are_the_same_everywhere(run, tmp_path):
+    """As lm-eval's gpqa does, to shuffle choices. Two folders stand for two machines."""
+    drawn = []
+    for name, tasks in (("here", "shuffled"), ("there", "letters,shuffled")):
+        own = tmp_path / name
+        own.mkdir()
+        shutil.copy(run / "own" / "letters.json", own)
+        text = CHOICE.format(folder=own)
+        (own / "letters.yaml").write_text(text)
+        text = text.replace("task: letters", "task: shuffled")
+        (own / "shuffled.yaml").write_text(text + "process_docs: !function draws.process_docs\n")
+        (own / "draws.py").write_text(DRAWS)
+        random.seed(name)
+        np.random.seed(len(name))  # noqa: NPY002
+        output = tmp_path / f"{name}-out"
+        command.main(options(run, tasks, output, "--tasks_dir", str(own)))
+        drawn.append([(row["prompt"], row["target"]) for row in lines(output, "shuffled")])
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) > 1
 
 
 class StoppedError(Exception):
