@@ -5,7 +5,7 @@
 
 The kernels' VLIW bundles, each about a cycle, on each path, times how often it is taken; plus
 XLA's own estimate of what it does around them. Against rotation by XLA (`rotate`'s `xla`) and
-splash attention of jax at its best blocks. One row, causal, bf16, positions for every head
+splash attention of jax at blocks that suit v5e. One row, causal, bf16, positions for every head
 with their gradients; inputs and outputs are [T, N * H], as projections write and read them.
 
 Limits: nothing runs. Bundles leave out waiting for memory (for the rotation's kernels on v5e

@@ -26,7 +26,10 @@ def target() -> tuple[str, str]:
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     if device is None:
-        return jax.default_backend(), jax.devices()[0].device_kind
+        device = jax.config.jax_default_device
+        if device is None:
+            return jax.default_backend(), jax.devices()[0].device_kind
+        device = jax.devices(device)[0] if isinstance(device, str) else device
     return {"cuda": "gpu"}.get(device.platform, device.platform), device.device_kind
 
 
@@ -34,6 +37,18 @@ def on_known_tpu() -> bool:
     """Whether what is traced for is a TPU that our kernels were compiled for."""
     platform, kind = target()
     return platform == "tpu" and kind in _TPU_KINDS
+
+
+def refuse_partitioner() -> None:
+    """Raises NotImplementedError where XLA's partitioner would have to split a kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    split = [name for name, n, kind in axes if n > 1 and kind != jax.sharding.AxisType.Manual]
+    if split:
+        raise NotImplementedError(
+            f"XLA's partitioner cannot split a kernel over {', '.join(split)} of the mesh; give "
+            "`partition`"
+        )
 
 
 def check_name(name: str | None, implementations: Mapping[str, object]) -> None:

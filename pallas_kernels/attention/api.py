@@ -147,9 +147,10 @@ def rotary_attention(
         only equal ids see each other; 0 is padding, which sees and is seen by nothing.
       kv_length: int32 [B]: how many of the S keys of a cache are filled.
       causal: False: every query sees every key of its document.
-      scale: factor on the scores. Default: 1 / sqrt(H).
+      scale: factor on the scores, a Python number. Default: 1 / sqrt(H).
       inv_freq: float [H / 2]: radians per position of channel pair (c, c + H/2).
-      rope_scale: factor on cos and sin, so its square is on the scores (YaRN).
+      rope_scale: factor on cos and sin, so its square is on the scores (YaRN). Both are
+        constants, as in `rotate`, which also has the limit of the angles.
       return_lse: also return the logsumexp of the scores.
       implementation: a name of `IMPLEMENTATIONS`; None: the first of `automatic()` that can.
       partition: how batch, heads and tokens are split over the mesh in context; each device
@@ -177,6 +178,10 @@ def rotary_attention(
     _check(q_BTNH, k_BSKH, v_BSKH, positions_q, positions_k, arrays)
     check_inv_freq(inv_freq, q_BTNH.shape[-1])
     dispatch.check_name(implementation, IMPLEMENTATIONS)
+    try:
+        scale = q_BTNH.shape[-1] ** -0.5 if scale is None else float(scale)
+    except jax.errors.ConcretizationTypeError:
+        raise ValueError("scale is traced; it must be a number (q may be multiplied)") from None
 
     S, length = k_BSKH.shape[1], partition.length if partition else None
     if length and kv_length is not None:
@@ -214,11 +219,9 @@ def rotary_attention(
             marks = marks | {"kv_index": known_index[None]}
         if np.ndim(marks.get("q_index")) == 1:
             marks = marks | {"q_index": marks["q_index"][None]}
-        B, T, _, H = q.shape
+        B, T = q.shape[:2]
         mask = masks.build((B, T, S), causal=causal, **marks)
-        call = lambda module: importlib.import_module(module).attend(
-            q, k, v, mask, scale=H**-0.5 if scale is None else scale
-        )
+        call = lambda module: importlib.import_module(module).attend(q, k, v, mask, scale=scale)
         # A decoding step uses each key once: a kernel has nothing to gain from keeping blocks.
         order = ("xla",) if T == 1 else automatic()
         return dispatch.first_able(implementation, order, IMPLEMENTATIONS, call)

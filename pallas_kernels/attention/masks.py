@@ -67,8 +67,10 @@ def build(
         "index": jnp.broadcast_to(kv_index.astype(jnp.int32), (B, S)),
     }
     if q_segment_ids is not None:
-        mask["q_segment"] = jnp.where(q_segment_ids == 0, -1, q_segment_ids).astype(jnp.int32)
-        mask["kv_segment"] = jnp.where(kv_segment_ids == 0, -2, kv_segment_ids).astype(jnp.int32)
+        # Signed first, or padding would be the largest document of an unsigned dtype.
+        q_segment, kv_segment = (x.astype(jnp.int32) for x in (q_segment_ids, kv_segment_ids))
+        mask["q_segment"] = jnp.where(q_segment == 0, -1, q_segment)
+        mask["kv_segment"] = jnp.where(kv_segment == 0, -2, kv_segment)
     return mask
 
 

@@ -279,9 +279,10 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, blocks: BlockSizes | None = N
       that see nothing. Differentiable in q, k, v, by either output.
 
     Raises:
-      NotImplementedError: another generation of TPU, other dtypes, a traced scale, too many
-        query heads to a key head, or more blocks than a plan has room for.
+      NotImplementedError: another generation of TPU, other dtypes, too many query heads to a
+        key head, more blocks than a plan has room for, or a mesh that XLA splits.
     """
+    dispatch.refuse_partitioner()
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     dtypes = {x.dtype.name for x in (q_BTNH, k_BSKH, v_BSKH)}
@@ -289,8 +290,6 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, blocks: BlockSizes | None = N
         raise NotImplementedError(
             f"the TPU kernels take q, k, v all bfloat16 or all float32, not {sorted(dtypes)}"
         )
-    if isinstance(scale, jax.core.Tracer):
-        raise NotImplementedError("the TPU kernels need a scale that is known when compiling")
     blocks = blocks or default_blocks(generation(), q_BTNH.dtype, H, T)
     if blocks.gathered < N // K * LANES:
         raise NotImplementedError(

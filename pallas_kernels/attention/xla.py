@@ -146,8 +146,7 @@ def _forward(q_RGTH, k_RSH, v_RSH, mask, first, last, *, scale, blocks):
     def tile(at_tile):
         i, first, last = at_tile
         starts = [(i * n + j) * cq for j in range(n)]
-        block = lambda at: (_part(q_RGTH, at, cq, 2) * scale).astype(q_RGTH.dtype)
-        queries = [block(at).reshape(R, G * cq, H) for at in starts]
+        queries = [_part(q_RGTH, at, cq, 2).reshape(R, G * cq, H) for at in starts]
         rows = [_rows(mask, at, cq, G) for at in starts]
 
         def fold(carry, at, sizes):
@@ -157,7 +156,8 @@ def _forward(q_RGTH, k_RSH, v_RSH, mask, first, last, *, scale, blocks):
 
             def one(carry, q, rows, size):
                 m, l, acc = carry
-                s = _hide(_dot(q, k[:, :, : size * ck]), rows, columns, transposed=False)
+                s = _dot(q, k[:, :, : size * ck]) * scale
+                s = _hide(s, rows, columns, transposed=False)
                 new_m = jnp.maximum(m, s.max(-1))
                 p = jnp.exp(s - _finite(new_m)[..., None])
                 old = jnp.exp(m - _finite(new_m))
@@ -167,7 +167,8 @@ def _forward(q_RGTH, k_RSH, v_RSH, mask, first, last, *, scale, blocks):
             return [one(*x) for x in zip(carry, queries, rows, sizes, strict=True)]
 
         shape = (R, G * cq)
-        start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, H)))
+        zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+        start = (zeros(shape) - jnp.inf, zeros(shape), zeros((*shape, H)))
         n_keys = k_RSH.shape[1] // ck
         folded = _over_windows(first, last, n_keys, blocks, fold, [start] * n)
         m, l, acc = (jnp.stack(x, 1) for x in zip(*folded, strict=True))  # [R, n, G * cq, ...]
@@ -190,7 +191,7 @@ def _backward(q_RGTH, k_RSH, v_RSH, lse, delta, do_RGTH, mask, first, last, *, s
     R, G, T, H = q_RGTH.shape
     cq, ck = blocks.query, blocks.key
     n = _divisor(T // cq, blocks.window)
-    k_scaled, k_RHS = (k_RSH * scale).astype(k_RSH.dtype), k_RSH.swapaxes(1, 2)
+    k_RHS = k_RSH.swapaxes(1, 2)
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # rows that see nothing: exp(-inf - inf) = 0
 
     def tile(dkv, at_tile):
@@ -205,14 +206,14 @@ def _backward(q_RGTH, k_RSH, v_RSH, lse, delta, do_RGTH, mask, first, last, *, s
 
         def fold(carry, at, sizes):
             window = lambda x, axis: _part(x, at, max(sizes) * ck, axis)
-            k, k_T, v = window(k_scaled, 1), window(k_RHS, 2), window(v_RSH, 1)
+            k, k_T, v = window(k_RSH, 1), window(k_RHS, 2), window(v_RSH, 1)
             columns = _columns(mask, at, max(sizes) * ck)
             dqs, *dkv = carry
             dk, dv = (window(x, 1) for x in dkv)
             new_dqs = []
             for dq, (q, do, lse_i, delta_i, rows), size in zip(dqs, queries, sizes, strict=True):
                 seen = slice(size * ck)
-                s = _dot(k[:, seen], q.swapaxes(1, 2))  # [R, keys, G * cq]
+                s = _dot(k[:, seen], q.swapaxes(1, 2)) * scale  # [R, keys, G * cq]
                 p = jnp.exp(_hide(s, rows, columns, transposed=True) - lse_i[:, None])
                 dp = _dot(v[:, seen], do.swapaxes(1, 2))
                 ds = (p * (dp - delta_i[:, None])).astype(q.dtype)
@@ -222,12 +223,12 @@ def _backward(q_RGTH, k_RSH, v_RSH, lse, delta, do_RGTH, mask, first, last, *, s
             put = lambda x, dx: jax.lax.dynamic_update_slice_in_dim(x, dx, at, 1)
             return new_dqs, *map(put, dkv, (dk, dv))
 
-        start = ([jnp.zeros((R, H, G * cq))] * n, *dkv)
+        start = ([jnp.zeros((R, H, G * cq), jnp.float32)] * n, *dkv)
         n_keys = k_RSH.shape[1] // ck
         dq_T, *dkv = _over_windows(first, last, n_keys, blocks, fold, start)
         return tuple(dkv), jnp.stack(dq_T)
 
-    zeros = jnp.zeros(k_RSH.shape)
+    zeros = jnp.zeros(k_RSH.shape, jnp.float32)
     (dk, dv), dq_T = jax.lax.scan(tile, (zeros, zeros), _numbered(first, last, n))
     dq = dq_T.reshape(T // cq, R, H, G, cq).transpose(1, 3, 0, 4, 2).reshape(q_RGTH.shape)
     return dq * scale, dk * scale, dv
@@ -327,8 +328,8 @@ def _attend_one(q_B1NH, k_BSKH, v_BSKH, mask, scale):
     """`attend` for one query a row, as in decoding: the keys once, and nothing in blocks."""
     B, _, K, H = k_BSKH.shape
     flat = lambda x_BSKH: x_BSKH.swapaxes(1, 2).reshape(B * K, -1, H)
-    q_RGH = (q_B1NH * scale).astype(q_B1NH.dtype).reshape(B * K, -1, H)
-    s_RGS = _dot(q_RGH, flat(k_BSKH), functools.partial(jnp.einsum, "RGH,RSH->RGS"))
+    product = functools.partial(jnp.einsum, "RGH,RSH->RGS")
+    s_RGS = _dot(q_B1NH.reshape(B * K, -1, H), flat(k_BSKH), product) * scale
     visible = mask["index"] <= mask["limit"]
     if "q_segment" in mask:
         visible &= mask["q_segment"] == mask["kv_segment"]

@@ -94,7 +94,8 @@ def _rotate(backend, xs, weights, mean_squares, positions, inv_freq, rope_scale,
 
 
 def _rotate_fwd(backend, xs, weights, mean_squares, positions, inv_freq, rope_scale, eps):
-    ys = _rotate(backend, xs, weights, mean_squares, positions, inv_freq, rope_scale, eps)
+    # Not `_rotate`, which forward over reverse (Hessian-vector products) could not go through.
+    ys = backend.forward(xs, weights, mean_squares, positions, inv_freq, rope_scale, eps)
     kept = tuple(y if w is None else x for x, y, w in zip(xs, ys, weights, strict=True))
     return ys, (kept, weights, mean_squares, positions, inv_freq, rope_scale)
 
@@ -138,8 +139,10 @@ def rotate(
         heads p*N/P .. (p+1)*N/P - 1), or None for no rotation of q.
       positions_k: float [B, S, P], P dividing K, or None. Passing the very same array for
         both shares one evaluation of sin and cos.
-      inv_freq: float [H / 2], radians per position.
-      rope_scale: factor on cos and sin (YaRN's attention scale).
+      inv_freq: float [H / 2], radians per position. Angles, position * inv_freq, may be up to
+        205,887 rad; beyond, sines are wrong and soon not finite.
+      rope_scale: factor on cos and sin (YaRN's attention scale). Both are constants: their
+        gradients are zero.
       q_norm, k_norm: weights [N, H], [K, H] of the norm; None: no norm.
       norm_eps: epsilon of both norms.
       q_mean_square, k_mean_square: float [B, T], [B, S], the mean of x^2 over the whole

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import dispatch
 from pallas_kernels.rotation import tpu_kernels, tpu_tables, xla
 from pallas_kernels.rotation.tpu_tables import LANES
 
@@ -199,6 +200,7 @@ def forward(xs, weights, mean_squares, positions, inv_freq, rope_scale, eps):
     """See api.py. Without positions it is a norm alone, which XLA does as well as it can be."""
     if positions is None:
         return xla.forward(xs, weights, mean_squares, positions, inv_freq, rope_scale, eps)
+    dispatch.refuse_partitioner()
     layout = _layout(xs, weights, mean_squares, positions, eps)
     inputs, specs = _inputs(
         layout, [{"x": x} for x in xs], weights, mean_squares, positions, inv_freq, rope_scale

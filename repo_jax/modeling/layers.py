@@ -32,20 +32,20 @@ def contract(x, gate, kernel, n: int, out_dtype=None, precision=None, axes=None)
       [B, T, *in], each sums its own and one reduce-scatter leaves the parts of the kernel's
       gradient where the parts of the kernel are.
     """
-    x = x if gate is None else swiglu(gate, x)
+    x = x if gate is None else swiglu.fun(gate, x)
     inner = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
     options = dict(preferred_element_type=out_dtype, precision=precision)
     return jax.lax.dot_general(x, kernel.astype(x.dtype), (inner, ((), ())), **options)
 
 
 def _contract_fwd(x, gate, kernel, n, out_dtype, precision, axes):
-    return contract(x, gate, kernel, n, out_dtype, precision, axes), (x, gate, kernel)
+    return contract.fun(x, gate, kernel, n, out_dtype, precision, axes), (x, gate, kernel)
 
 
 def _contract_bwd(n, out_dtype, precision, axes, residuals, dy):
     del out_dtype
     up, gate, kernel = residuals
-    x = up if gate is None else swiglu(gate, up)
+    x = up if gate is None else swiglu.fun(gate, up)
     dy = dy.astype(x.dtype)
     batch = tuple(range(x.ndim - n))
     outputs = (tuple(range(len(batch), dy.ndim)), tuple(range(n, kernel.ndim)))
@@ -251,7 +251,7 @@ def _swiglu_bwd(residuals, dy):
     return d_gate.astype(dtype), (dy * silu).astype(dtype)
 
 
-swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_bwd)
+swiglu.defvjp(lambda gate, up: (swiglu.fun(gate, up), (gate, up)), _swiglu_bwd)
 
 
 class MLP(nn.Module):

@@ -154,8 +154,12 @@ def test_says_what_it_cannot_do():
     x = x.astype(jnp.float32)
     with pytest.raises(NotImplementedError, match="up to 32 query heads to a key head, not 128"):
         tpu.attend(x, x[:, :, :1], x[:, :, :1], masks.Default(True), scale=1.0)
-    with pytest.raises(NotImplementedError, match="known when compiling"):
-        jax.jit(lambda s: tpu.attend(x, x, x, masks.Default(True), scale=s))(1.0)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(NotImplementedError, match="cannot split a kernel over data of the mesh"),
+    ):
+        tpu.attend(x, x, x, masks.Default(True), scale=1.0)
 
 
 def program(T, S, N, K, H, dtype, blocks, *, documents=False, B=1):
