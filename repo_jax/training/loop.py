@@ -16,7 +16,7 @@ from repo_jax.config import TrainConfig, to_dict
 from repo_jax.data import Data, open_data
 from repo_jax.errors import ConfigError, TrainingError
 from repo_jax.evaluation.perplexity import Score, score
-from repo_jax.training import lock, observe
+from repo_jax.training import initial, lock, observe
 from repo_jax.training import run_dir as run_directory
 from repo_jax.training.checkpoints import (
     Checkpoints,
@@ -30,12 +30,6 @@ from repo_jax.training.program import Program, make_program
 from repo_jax.training.step import TrainState
 from repo_jax.training.stopping import Stop
 from repo_jax.training.timing import StepTimer
-
-# What a checkpoint to start from must have in common with the model to be trained.
-_SHARED = (
-    *("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff"),
-    *("rope_theta", "norm_eps"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +77,7 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
         if not config.model.eos_ids and data.eos_id is not None:
             facts["eos_ids"] = (data.eos_id,)
         if config.init.checkpoint is not None and config.model.rope_scaling is None:
-            before = distributed.on_main(lambda: _length_before(config, run_dir))
+            before = distributed.on_main(lambda: initial.trained_length(config, run_dir))
             facts["max_length"] = max(config.model.max_length, before)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, **facts))
         rows = sharding.local_rows(mesh, config.data.batch_size)
@@ -99,7 +93,7 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
             program.state, lambda r: _check_data(r, data, run_dir)
         )
         if restored is None:
-            state, record = _first_state(config, program), {}
+            state, record = initial.state(config, program), {}
         else:
             state, record = restored
         run = _Run(config, run_dir, program, data, checkpoints)
@@ -128,7 +122,7 @@ def _open_run(config: TrainConfig, run_dir: Path, stack: contextlib.ExitStack) -
                 f"training.checkpoint_dir is {folder}, which has no checkpoints; those of the "
                 f"run in {run_dir} went to {before}; copy them, or keep that"
             )
-        _check_init(config)
+        initial.check(config)
     elif newest == steps[-1] >= training.steps and not record.get("validation_due"):
         print(f"the run in {run_dir} is finished; nothing is left to do", file=sys.stderr)
         return newest
@@ -168,60 +162,6 @@ def _check_attention(name: str | None) -> None:
             f"model.attention is {name}, which needs a {needed.upper()}; JAX runs on {here} here; "
             "leave it out to take what fits"
         )
-
-
-def _first_state(config: TrainConfig, program: Program) -> TrainState:
-    """New weights, or those of `init.checkpoint`."""
-    seed = config.training.seed
-    rng = jax.random.key(seed)
-    if config.init.checkpoint is None:
-        return program.create_state(program.init_params(rng), seed)
-    from repo_jax.interop import from_pretrained
-
-    def load():
-        _, params = from_pretrained(
-            config.init.checkpoint,
-            param_dtype=config.model.param_dtype,
-            positions=config.model.positions,
-            rng=rng,
-            revision=config.init.revision,
-            mesh=program.mesh,
-        )
-        return params
-
-    return program.create_state(distributed.everywhere(load), seed)
-
-
-def _length_before(config: TrainConfig, run_dir: Path) -> int:
-    """Tokens that the weights to start from were trained on."""
-    if (run_dir / "config.yaml").is_file():  # the checkpoint may be gone by now
-        return run_directory.read_config(run_dir).model.max_length
-    from repo_jax.interop import config_json
-    from repo_jax.interop.hub import locate
-
-    folder = locate(config.init.checkpoint, config.init.revision)
-    return config_json.read_folder(folder, None).trained_length
-
-
-def _check_init(config: TrainConfig) -> None:
-    """Raises ConfigError unless the model fits `init.checkpoint`; reads no weights."""
-    if config.init.checkpoint is None:
-        return
-    from repo_jax.interop.checkpoint import Checkpoint
-    from repo_jax.interop.hub import locate
-    from repo_jax.interop.load import Source, resolve_config
-
-    checkpoint = Checkpoint(locate(config.init.checkpoint, config.init.revision))
-    stored, _ = resolve_config(checkpoint, None, None)
-    for name in _SHARED:
-        theirs, ours = getattr(stored, name), getattr(config.model, name)
-        if theirs != ours:
-            raise ConfigError(
-                f"model.{name} is {ours}, but init.checkpoint {config.init.checkpoint} "
-                f"has {theirs}; give that"
-            )
-    wanted = dataclasses.replace(stored, positions=config.model.positions)
-    Source(checkpoint, stored, wanted, None)
 
 
 def _check_data(record: dict, data: Data, run_dir: Path) -> None:
