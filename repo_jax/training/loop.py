@@ -16,7 +16,7 @@ from repo_jax.config import TrainConfig, to_dict
 from repo_jax.data import Data, open_data
 from repo_jax.errors import ConfigError, TrainingError
 from repo_jax.evaluation.perplexity import Score, score
-from repo_jax.training import initial, lock, observe
+from repo_jax.training import agreement, initial, lock, observe
 from repo_jax.training import run_dir as run_directory
 from repo_jax.training.checkpoints import (
     Checkpoints,
@@ -60,11 +60,13 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
 
     Raises:
       ConfigError: the config, the mesh, the data, the checkpoint to start from or the
-        directory is not as it must be, or another process trains there.
+        directory is not as it must be, or another process trains there; or processes have other
+        options or data than process 0.
       MissingPackageError: a logger that is asked for is not installed.
       TrainingError: a loss or gradient is not finite, or something cannot be written or read.
     """
     run_dir = Path(run_dir)
+    agreement.check_options(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check(config, mesh)
     _check_attention(config.model.attention)
@@ -73,6 +75,7 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
         if finished is not None:
             return Summary(finished, True, None, None)
         data = distributed.main_first(lambda: open_data(config.data, config.model))
+        agreement.check_data(data)
         facts = {}  # of the model, which a config need not name
         if not config.model.eos_ids and data.eos_id is not None:
             facts["eos_ids"] = (data.eos_id,)
