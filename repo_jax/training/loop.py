@@ -61,19 +61,28 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
     Raises:
       ConfigError: the config, the mesh, the data, the checkpoint to start from or the
         directory is not as it must be, or another process trains there; or processes have other
-        options or data than process 0.
+        options or data than process 0, or do not see its checkpoints.
       MissingPackageError: a logger that is asked for is not installed.
       TrainingError: a loss or gradient is not finite, or something cannot be written or read.
     """
+    if "://" in str(run_dir):
+        raise ConfigError(
+            f"--run_dir is {run_dir}; it must be a folder, and checkpoints alone can be elsewhere: "
+            f"--training.checkpoint_dir {run_dir}"
+        )
     run_dir = Path(run_dir)
     agreement.check_options(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check(config, mesh)
     _check_attention(config.model.attention)
+    training = config.training
     with contextlib.ExitStack() as stack:
-        finished = distributed.on_main(lambda: _open_run(config, run_dir, stack))
-        if finished is not None:
-            return Summary(finished, True, None, None)
+        last, finished = distributed.on_main(lambda: _open_run(config, run_dir, stack))
+        if finished:
+            return Summary(last, True, None, None)
+        agreement.check_folder(run_dir, training.checkpoint_dir)
+        if last is None:
+            distributed.on_main(lambda: initial.check(config))
         data = distributed.main_first(lambda: open_data(config.data, config.model))
         agreement.check_data(data)
         facts = {}  # of the model, which a config need not name
@@ -88,7 +97,6 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
         program = make_program(config, mesh)
         distributed.on_main(lambda: _write_run(config, run_dir, data))
 
-        training = config.training
         checkpoints = stack.enter_context(
             Checkpoints(run_dir, training.keep_last, training.checkpoint_dir)
         )
@@ -104,10 +112,13 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
             return run.go(state, batches, record.get("validation_due", False))
 
 
-def _open_run(config: TrainConfig, run_dir: Path, stack: contextlib.ExitStack) -> int | None:
-    """Checks what is there and takes the lock; the last step of a run that is finished.
+def _open_run(
+    config: TrainConfig, run_dir: Path, stack: contextlib.ExitStack
+) -> tuple[int | None, bool]:
+    """Checks what is there and takes the lock, in process 0 alone.
 
-    In process 0 alone.
+    Returns:
+      The last step that was saved, None before there is one; and whether the run is finished.
     """
     training = config.training
     require_loggers(training)
@@ -119,18 +130,16 @@ def _open_run(config: TrainConfig, run_dir: Path, stack: contextlib.ExitStack) -
     if before != folder and "config" in record:
         started = run_directory.from_dict(record["config"])
         run_directory.check_same(started, config, folder)
-    if not steps:
-        if before not in (None, folder):
-            raise ConfigError(
-                f"training.checkpoint_dir is {folder}, which has no checkpoints; those of the "
-                f"run in {run_dir} went to {before}; copy them, or keep that"
-            )
-        initial.check(config)
-    elif newest == steps[-1] >= training.steps and not record.get("validation_due"):
+    if not steps and before not in (None, folder):
+        raise ConfigError(
+            f"training.checkpoint_dir is {folder}, which has no checkpoints; those of the "
+            f"run in {run_dir} went to {before}; copy them, or keep that"
+        )
+    if steps and newest == steps[-1] >= training.steps and not record.get("validation_due"):
         print(f"the run in {run_dir} is finished; nothing is left to do", file=sys.stderr)
-        return newest
+        return newest, True
     stack.enter_context(lock.hold(run_dir))
-    return None
+    return max(steps, default=None), False
 
 
 def _newest_record(folder, steps: list[int]) -> tuple[int | None, dict]:

@@ -174,3 +174,16 @@ def test_processes_with_other_data_train_nothing(workspace, hosts, missing, what
         f"process 0 on {host} (2,000 in 2 files); bring the same files to every machine",
     )
     assert not (run_dir / "config.yaml").exists()
+
+
+def test_checkpoints_go_to_a_place_that_all_processes_see(workspace, hosts, tmp_path):
+    run_dir = tmp_path / "not-shared"
+    pair = Pair(workspace, run_dir, "--training.checkpoint_dir=kept/here", hosts=hosts)
+    host = socket.gethostname()
+    assert refused(pair) == 2 * (
+        f"error: process 1 on {host} does not see what process 0 on {host} writes to "
+        f"{hosts[0]}/kept/here; training.checkpoint_dir must name a folder that all machines "
+        "share, or an object store",
+    )
+    assert not any(run_dir.iterdir())
+    assert all(path.suffix == ".npy" for host in hosts for path in host.iterdir())
