@@ -209,6 +209,8 @@ class _Run:
         """
         training, main = self.config.training, distributed.is_main()
         self.first = done = int(state.step)
+        if main:
+            self._tell_where()
         self.timer = StepTimer()
         self.writer = MetricsWriter(self.run_dir, training, self.first) if main else None
         self.bar = tqdm(
@@ -271,6 +273,15 @@ class _Run:
         rate = self.timer.mean_rate()
         return Summary(
             done, done >= training.steps, self.last_validation, rate and self._tokens * rate
+        )
+
+    def _tell_where(self) -> None:
+        mesh = self.program.mesh
+        axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        print(
+            f"from step {self.first} to {self.config.training.steps}, mesh {axes}: {mesh.size} "
+            f"devices ({mesh.devices.flat[0].device_kind}), {jax.process_count()} processes",
+            file=sys.stderr,
         )
 
     @staticmethod

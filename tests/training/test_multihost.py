@@ -2,13 +2,17 @@
 
 import contextlib
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
 
-from tests.tiny_runs import TrainProcess, last_checkpoint, last_line, lines_of, write_config
+from tests.tiny_runs import ROOT, TrainProcess, last_checkpoint, last_line, lines_of, write_config
 
 STEPS = 12
 OPTIONS = [
@@ -33,6 +37,13 @@ def alone(workspace):
     return workspace / "alone"
 
 
+def free_address() -> str:
+    """On this machine, which nobody listens at."""
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
 class Pair:
     """Two processes that train one run.
 
@@ -43,9 +54,7 @@ class Pair:
     """
 
     def __init__(self, workspace, run_dir, *options, second=(), hosts=(None, None)):
-        with contextlib.closing(socket.socket()) as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
+        address = free_address()
         self.processes = [
             TrainProcess(
                 workspace,
@@ -83,6 +92,8 @@ def test_two_processes_train_as_one(workspace, alone):
     cache = f"--data.cache_dir={workspace / 'cache-1'}"  # machines may have their own
     first, second = Pair(workspace, run_dir, second=[cache]).finish()
     assert f"finished at step {STEPS}" in first
+    mesh = "mesh data 1 x fsdp 4 x tensor 2 x context 1"
+    assert f"from step 0 to {STEPS}, {mesh}: 8 devices (cpu), 2 processes\n" in first
     assert "step" not in second  # one process speaks for all
     assert_same_course(run_dir, alone)
 
@@ -187,3 +198,20 @@ def test_checkpoints_go_to_a_place_that_all_processes_see(workspace, hosts, tmp_
     )
     assert not any(run_dir.iterdir())
     assert all(path.suffix == ".npy" for host in hosts for path in host.iterdir())
+
+
+def test_a_named_process_takes_all_devices_under_slurm_too():
+    program = """
+        import sys
+        import jax
+        from repo_jax import distributed
+        distributed.start(coordinator=sys.argv[1], num_processes=1, process_id=0)
+        print(jax.config.read("jax_cuda_visible_devices"))
+    """
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "8"}
+    slurm |= {"SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), free_address()],
+        **dict(cwd=ROOT, env=os.environ | slurm, capture_output=True, text=True, timeout=120),
+    )
+    assert ended.stdout == "all\n", ended.stderr
