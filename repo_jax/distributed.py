@@ -49,7 +49,8 @@ def start(
     Args:
       auto: find out the rest from a TPU pod, SLURM or Open MPI.
       coordinator: host:port of process 0, which opens the port.
-      num_processes, process_id: how many there are, and which this one is.
+      num_processes, process_id: how many there are, and which this one is. It takes all devices
+        that it sees; found out from SLURM or Open MPI, it takes one GPU.
 
     Raises:
       ConfigError: the options do not belong together, or no such processes are found.
@@ -80,7 +81,12 @@ def start(
             )
     try:
         jax.distributed.initialize(
-            coordinator, num_processes, process_id, shutdown_timeout_seconds=_SHUTDOWN_SECONDS
+            coordinator,
+            num_processes,
+            process_id,
+            # Else a SLURM job around it would still choose the process's GPU.
+            cluster_detection_method=None if missing else "deactivate",
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())

@@ -217,6 +217,11 @@ FILES = [
         "--run_dir {folder}/foreign is not empty and has no config.yaml, so it is no run; name a "
         "new folder",
     ),
+    (
+        ["--run_dir", "gs://bucket/run"],
+        "--run_dir is gs://bucket/run; it must be a folder, and checkpoints alone can be "
+        "elsewhere: --training.checkpoint_dir gs://bucket/run",
+    ),
     (["--run_dir", "{folder}/tiny.yaml/run"], "--run_dir {folder}/tiny.yaml/run cannot be made"),
 ]
 

@@ -86,7 +86,7 @@ def commands(page: Path):
     for _, _, text in blocks(page, "bash"):
         for line in text.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):
-                yield words[words[0] == "srun" :]
+                yield words[words.index("python") :] if words[0] == "srun" else words
 
 
 class ParsedError(Exception):

@@ -86,6 +86,7 @@ class TrainProcess:
       run_dir, options: of the command line.
       devices: CPUs that JAX sees.
       name: of the file with what it prints; None: the run directory's.
+      cwd: where paths that are not absolute begin.
     """
 
     def __init__(
@@ -95,11 +96,12 @@ class TrainProcess:
         *options: str,
         devices: int = 1,
         name: str | None = None,
+        cwd: Path | None = None,
     ):
         arguments = ["--config", str(folder / "tiny.yaml"), "--run_dir", str(run_dir), *options]
         self._output = folder / f"{name or run_dir.name}.out"
         self._process = _SERVER.Process(
-            target=_train, args=(arguments, self._output, folder / "programs", devices)
+            target=_train, args=(arguments, self._output, folder / "programs", devices, cwd)
         )
         self._process.start()
 
@@ -132,7 +134,9 @@ class TrainProcess:
         return self._output.read_text() if self._output.exists() else ""
 
 
-def _train(arguments: list[str], output: Path, programs: Path, devices: int) -> None:
+def _train(arguments, output: Path, programs: Path, devices: int, cwd: Path | None) -> None:
+    if cwd is not None:
+        os.chdir(cwd)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -380,7 +380,7 @@ class Checkpoints:
           ConfigError, TrainingError: as for `restore_newest`.
         """
         record = self._record(step)
-        check(record)
+        distributed.everywhere(lambda: check(record))
         items = self._load(step, self._items(abstract), record)
         return TrainState(params=items["params"], **items["state"]), record
 

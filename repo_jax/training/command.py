@@ -38,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Path, Summary]:
         if not options.config:
             raise ConfigError("neither --config nor --run_dir is given; name one of them")
         run_dir = Path("runs") / Path(str(options.config[-1])).stem
-    run_dir = Path(run_dir)
     # A failed save is told in one sentence; Orbax would print where in its threads it failed.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     summary = train(config, run_dir)
+    run_dir = Path(run_dir)
     if not distributed.is_main():
         return run_dir, summary
     lines = [f"{'finished' if summary.finished else 'stopped'} at step {summary.step}"]

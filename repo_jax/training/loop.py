@@ -16,7 +16,7 @@ from repo_jax.config import TrainConfig, to_dict
 from repo_jax.data import Data, open_data
 from repo_jax.errors import ConfigError, TrainingError
 from repo_jax.evaluation.perplexity import Score, score
-from repo_jax.training import lock, observe
+from repo_jax.training import agreement, initial, lock, observe
 from repo_jax.training import run_dir as run_directory
 from repo_jax.training.checkpoints import (
     Checkpoints,
@@ -30,12 +30,6 @@ from repo_jax.training.program import Program, make_program
 from repo_jax.training.step import TrainState
 from repo_jax.training.stopping import Stop
 from repo_jax.training.timing import StepTimer
-
-# What a checkpoint to start from must have in common with the model to be trained.
-_SHARED = (
-    *("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff"),
-    *("rope_theta", "norm_eps"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,24 +60,36 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
 
     Raises:
       ConfigError: the config, the mesh, the data, the checkpoint to start from or the
-        directory is not as it must be, or another process trains there.
+        directory is not as it must be, or another process trains there; or processes have other
+        options or data than process 0, or do not see its checkpoints.
       MissingPackageError: a logger that is asked for is not installed.
       TrainingError: a loss or gradient is not finite, or something cannot be written or read.
     """
+    if "://" in str(run_dir):
+        raise ConfigError(
+            f"--run_dir is {run_dir}; it must be a folder, and checkpoints alone can be elsewhere: "
+            f"--training.checkpoint_dir {run_dir}"
+        )
     run_dir = Path(run_dir)
+    agreement.check_options(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check(config, mesh)
     _check_attention(config.model.attention)
+    training = config.training
     with contextlib.ExitStack() as stack:
-        finished = distributed.on_main(lambda: _open_run(config, run_dir, stack))
-        if finished is not None:
-            return Summary(finished, True, None, None)
+        last, finished = distributed.on_main(lambda: _open_run(config, run_dir, stack))
+        if finished:
+            return Summary(last, True, None, None)
+        agreement.check_folder(run_dir, training.checkpoint_dir)
+        if last is None:
+            distributed.on_main(lambda: initial.check(config))
         data = distributed.main_first(lambda: open_data(config.data, config.model))
+        agreement.check_data(data)
         facts = {}  # of the model, which a config need not name
         if not config.model.eos_ids and data.eos_id is not None:
             facts["eos_ids"] = (data.eos_id,)
         if config.init.checkpoint is not None and config.model.rope_scaling is None:
-            before = distributed.on_main(lambda: _length_before(config, run_dir))
+            before = distributed.on_main(lambda: initial.trained_length(config, run_dir))
             facts["max_length"] = max(config.model.max_length, before)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, **facts))
         rows = sharding.local_rows(mesh, config.data.batch_size)
@@ -91,7 +97,6 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
         program = make_program(config, mesh)
         distributed.on_main(lambda: _write_run(config, run_dir, data))
 
-        training = config.training
         checkpoints = stack.enter_context(
             Checkpoints(run_dir, training.keep_last, training.checkpoint_dir)
         )
@@ -99,7 +104,7 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
             program.state, lambda r: _check_data(r, data, run_dir)
         )
         if restored is None:
-            state, record = _first_state(config, program), {}
+            state, record = initial.state(config, program), {}
         else:
             state, record = restored
         run = _Run(config, run_dir, program, data, checkpoints)
@@ -107,10 +112,13 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
             return run.go(state, batches, record.get("validation_due", False))
 
 
-def _open_run(config: TrainConfig, run_dir: Path, stack: contextlib.ExitStack) -> int | None:
-    """Checks what is there and takes the lock; the last step of a run that is finished.
+def _open_run(
+    config: TrainConfig, run_dir: Path, stack: contextlib.ExitStack
+) -> tuple[int | None, bool]:
+    """Checks what is there and takes the lock, in process 0 alone.
 
-    In process 0 alone.
+    Returns:
+      The last step that was saved, None before there is one; and whether the run is finished.
     """
     training = config.training
     require_loggers(training)
@@ -122,18 +130,16 @@ def _open_run(config: TrainConfig, run_dir: Path, stack: contextlib.ExitStack) -
     if before != folder and "config" in record:
         started = run_directory.from_dict(record["config"])
         run_directory.check_same(started, config, folder)
-    if not steps:
-        if before not in (None, folder):
-            raise ConfigError(
-                f"training.checkpoint_dir is {folder}, which has no checkpoints; those of the "
-                f"run in {run_dir} went to {before}; copy them, or keep that"
-            )
-        _check_init(config)
-    elif newest == steps[-1] >= training.steps and not record.get("validation_due"):
+    if not steps and before not in (None, folder):
+        raise ConfigError(
+            f"training.checkpoint_dir is {folder}, which has no checkpoints; those of the "
+            f"run in {run_dir} went to {before}; copy them, or keep that"
+        )
+    if steps and newest == steps[-1] >= training.steps and not record.get("validation_due"):
         print(f"the run in {run_dir} is finished; nothing is left to do", file=sys.stderr)
-        return newest
+        return newest, True
     stack.enter_context(lock.hold(run_dir))
-    return None
+    return max(steps, default=None), False
 
 
 def _newest_record(folder, steps: list[int]) -> tuple[int | None, dict]:
@@ -170,60 +176,6 @@ def _check_attention(name: str | None) -> None:
         )
 
 
-def _first_state(config: TrainConfig, program: Program) -> TrainState:
-    """New weights, or those of `init.checkpoint`."""
-    seed = config.training.seed
-    rng = jax.random.key(seed)
-    if config.init.checkpoint is None:
-        return program.create_state(program.init_params(rng), seed)
-    from repo_jax.interop import from_pretrained
-
-    def load():
-        _, params = from_pretrained(
-            config.init.checkpoint,
-            param_dtype=config.model.param_dtype,
-            positions=config.model.positions,
-            rng=rng,
-            revision=config.init.revision,
-            mesh=program.mesh,
-        )
-        return params
-
-    return program.create_state(distributed.everywhere(load), seed)
-
-
-def _length_before(config: TrainConfig, run_dir: Path) -> int:
-    """Tokens that the weights to start from were trained on."""
-    if (run_dir / "config.yaml").is_file():  # the checkpoint may be gone by now
-        return run_directory.read_config(run_dir).model.max_length
-    from repo_jax.interop import config_json
-    from repo_jax.interop.hub import locate
-
-    folder = locate(config.init.checkpoint, config.init.revision)
-    return config_json.read_folder(folder, None).trained_length
-
-
-def _check_init(config: TrainConfig) -> None:
-    """Raises ConfigError unless the model fits `init.checkpoint`; reads no weights."""
-    if config.init.checkpoint is None:
-        return
-    from repo_jax.interop.checkpoint import Checkpoint
-    from repo_jax.interop.hub import locate
-    from repo_jax.interop.load import Source, resolve_config
-
-    checkpoint = Checkpoint(locate(config.init.checkpoint, config.init.revision))
-    stored, _ = resolve_config(checkpoint, None, None)
-    for name in _SHARED:
-        theirs, ours = getattr(stored, name), getattr(config.model, name)
-        if theirs != ours:
-            raise ConfigError(
-                f"model.{name} is {ours}, but init.checkpoint {config.init.checkpoint} "
-                f"has {theirs}; give that"
-            )
-    wanted = dataclasses.replace(stored, positions=config.model.positions)
-    Source(checkpoint, stored, wanted, None)
-
-
 def _check_data(record: dict, data: Data, run_dir: Path) -> None:
     if record["fingerprint"] != data.fingerprint:
         raise ConfigError(
@@ -257,6 +209,8 @@ class _Run:
         """
         training, main = self.config.training, distributed.is_main()
         self.first = done = int(state.step)
+        if main:
+            self._tell_where()
         self.timer = StepTimer()
         self.writer = MetricsWriter(self.run_dir, training, self.first) if main else None
         self.bar = tqdm(
@@ -319,6 +273,15 @@ class _Run:
         rate = self.timer.mean_rate()
         return Summary(
             done, done >= training.steps, self.last_validation, rate and self._tokens * rate
+        )
+
+    def _tell_where(self) -> None:
+        mesh = self.program.mesh
+        axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        print(
+            f"from step {self.first} to {self.config.training.steps}, mesh {axes}: {mesh.size} "
+            f"devices ({mesh.devices.flat[0].device_kind}), {jax.process_count()} processes",
+            file=sys.stderr,
         )
 
     @staticmethod
