@@ -87,7 +87,7 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
             facts["max_length"] = max(config.model.max_length, before)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, **facts))
         rows = sharding.local_rows(mesh, config.data.batch_size)
-        batches = distributed.everywhere(lambda: data.training_batches(rows))
+        batches = distributed.everywhere(lambda: _training_batches(data, rows))
         program = make_program(config, mesh)
         distributed.on_main(lambda: _write_run(config, run_dir, data))
 
@@ -230,6 +230,12 @@ def _check_data(record: dict, data: Data, run_dir: Path) -> None:
             f"the training data are not those that the run in {run_dir} was started on (another "
             "length or other tokens); bring those back, or name another --run_dir"
         )
+
+
+def _training_batches(data: Data, rows):
+    if data.validation:
+        data.validation_batches()  # raises now what the first validation would
+    return data.training_batches(rows)
 
 
 class _Run:
