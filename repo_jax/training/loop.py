@@ -104,7 +104,7 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
             state, record = restored
         run = _Run(config, run_dir, program, data, checkpoints)
         with sharding.use(mesh):
-            return run.go(state, batches, record.get("validation_due", False))
+            return run.go(state, batches, _validation_due(record))
 
 
 def _open_run(config: TrainConfig, run_dir: Path, stack: contextlib.ExitStack) -> int | None:
@@ -129,7 +129,7 @@ def _open_run(config: TrainConfig, run_dir: Path, stack: contextlib.ExitStack) -
                 f"run in {run_dir} went to {before}; copy them, or keep that"
             )
         _check_init(config)
-    elif newest == steps[-1] >= training.steps and not record.get("validation_due"):
+    elif newest == steps[-1] >= training.steps and not _validation_due(record):
         print(f"the run in {run_dir} is finished; nothing is left to do", file=sys.stderr)
         return newest
     stack.enter_context(lock.hold(run_dir))
@@ -238,6 +238,11 @@ def _training_batches(data: Data, rows):
     return data.training_batches(rows)
 
 
+def _validation_due(record: dict) -> bool:
+    """Whether the validation of a checkpoint's step was interrupted, and not made up for since."""
+    return record.get("validation_due", False) and record["val_loss"] is None
+
+
 class _Run:
     """What a run does around its steps: numbers, validation, checkpoints, stopping."""
 
@@ -286,6 +291,8 @@ class _Run:
                 batch = self._place(next(source)) if done < training.steps else None
                 if validation_due:
                     self._validate(state)
+                    if self.validated_at == done:
+                        self.checkpoints.add_loss(done, self.last_validation.loss)
                 while done < training.steps and not self.stop.requested():
                     if profile.starts_at(done + 1, self.first + 1):
                         flush()
