@@ -27,6 +27,8 @@ def folder(tmp_path_factory):
     np.arange(999, dtype="<u4").tofile(folder / "good.bin")
     (folder / "truncated.bin").write_bytes((folder / "good.bin").read_bytes()[:-1])
     (folder / "empty.bin").touch()
+    np.arange(20, dtype="<u4").tofile(folder / "short.bin")
+    (folder / "link.bin").symlink_to(folder / "good.bin")
     np.save(folder / "numpy.npy", np.arange(999, dtype=np.uint32))
     (folder / "foreign").mkdir()
     (folder / "foreign" / "thesis.tex").write_text("do not touch")
@@ -176,6 +178,10 @@ def tokens(name):
     return ["--data.text", "[]", "--data.tokens", f"{{folder}}/{name}"]
 
 
+def held_out(name):
+    return ["--data.validation_tokens", f"{{folder}}/{name}"]
+
+
 FILES = [
     (
         ["--data.text", "{folder}/missing.txt"],
@@ -197,6 +203,16 @@ FILES = [
     (
         [*tokens("good.bin"), "--model.vocab_size", "999", "--data.batch_size", "40"],
         "the training data has 25 windows of sequence_length 32 (800 tokens); batch_size is 40",
+    ),
+    # What is wrong with validation data is not left to the first validation.
+    (
+        [*tokens("good.bin"), "--model.vocab_size", "999", *held_out("short.bin")],
+        "the validation data has no window of sequence_length 32: it has 20 tokens in "
+        "{folder}/short.bin; give a longer file, or a smaller sequence_length",
+    ),
+    (
+        [*tokens("good.bin"), "--model.vocab_size", "999", *held_out("link.bin")],
+        "{folder}/good.bin is both trained on and in data.validation_tokens; leave it out of one",
     ),
     (
         ["--data.tokenizer", "{folder}/tokenizer"],

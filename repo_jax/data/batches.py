@@ -163,9 +163,11 @@ class ValidationBatches:
         available = len(self._windows)
         if not available:
             total = sum(len(array) for array in tokens)
+            names = self._windows.names
+            files = names[0] if len(names) == 1 else f"{len(names)} files"
             raise ConfigError(
                 f"the validation data has no window of sequence_length {sequence_length}: it "
-                f"has {total} tokens in {len(tokens)} files"
+                f"has {total} tokens in {files}; give a longer file, or a smaller sequence_length"
             )
         count = min(available, max_windows or available)
         self._indices = np.arange(count) * available // count
@@ -232,6 +234,7 @@ class _Windows:
 
     Attributes:
       ends: int64 [arrays], one more than the number of the last window of each.
+      names: of the files that they are, to tell of.
     """
 
     def __init__(
@@ -247,7 +250,7 @@ class _Windows:
         self.sequence_length = sequence_length
         self._eos_id = eos_id if document_mask else None
         self._vocab_size = vocab_size
-        self._names = [str(getattr(array, "filename", "the data")) for array in tokens]
+        self.names = [str(getattr(array, "filename", "the data")) for array in tokens]
         # Slices of a plain array are several times cheaper than those of a memmap.
         self._arrays = [a if isinstance(a, StoredTokens) else np.asarray(a) for a in tokens]
         counts = [len(array) // sequence_length for array in tokens]
@@ -273,7 +276,7 @@ class _Windows:
         # The cast made ids of 2**31 and more negative.
         if self._vocab_size is not None and tokens_BT.view(np.uint32).max() >= self._vocab_size:
             for row_T, file in zip(tokens_BT.view(np.uint32), files, strict=True):
-                check_ids(row_T, self._vocab_size, self._names[file])
+                check_ids(row_T, self._vocab_size, self.names[file])
         batch = {"tokens": tokens_BT}
         if self._eos_id is not None:
             batch["segment_ids"] = segment_ids(tokens_BT, self._eos_id)

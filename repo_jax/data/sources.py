@@ -168,10 +168,11 @@ def open_data(config: DataConfig, model: DecoderConfig | None = None) -> Data:
     sources = list(config.sources.values()) or [SourceConfig(config.text, config.tokens)]
     if any(source.text for source in sources) and model is not None:
         _fits(f"data.tokenizer {config.tokenizer}", planned_vocab_size(config), model)
+    # First, since text to train on may take long to tokenise.
+    held_out = _find(SourceConfig(tokens=config.validation_tokens), 0, config)
     files = [
         file for number, source in enumerate(sources) for file in _find(source, number, config)
     ]
-    held_out = _find(SourceConfig(tokens=config.validation_tokens), 0, config)
     if not files and not held_out:
         raise ConfigError("none of data.text, data.tokens and data.validation_tokens is given")
     corpora = [file.corpus for file in (*files, *held_out) if file.corpus is not None]
@@ -194,6 +195,11 @@ def open_data(config: DataConfig, model: DecoderConfig | None = None) -> Data:
         train.append(kept)
         validation += [held] if len(held) else []
     validation += [_open(file, "validation", config, vocab_size) for file in held_out]
+    if held_out:
+        for name in {tokens.filename for tokens in train} & {held.filename for held in validation}:
+            raise ConfigError(
+                f"{name} is both trained on and in data.validation_tokens; leave it out of one"
+            )
     tokenizer = corpora[0].tokenizer if corpora else None
     source_of = tuple(file.source for file in files) if config.sources else ()
     parts = (tuple(train), tuple(validation))
@@ -279,8 +285,10 @@ def _find(source: SourceConfig, number: int, config: DataConfig) -> list[_File]:
 
 def _expand(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
-    if path.exists() or not glob.has_magic(pattern):
+    if path.exists():
         return [path]
+    if not glob.has_magic(pattern):
+        raise ConfigError(f"token file {path} does not exist")
     matches = sorted(glob.glob(str(path), recursive=True))
     if not matches:
         raise ConfigError(f"the token files {pattern!r} match nothing")

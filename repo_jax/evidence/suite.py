@@ -249,6 +249,8 @@ def definition(experiment: Experiment, dtype: Dtype) -> dict[str, Any]:
             flat |= {f"{section}.{name}": inner for name, inner in value.items()}
         elif value is not None:
             flat[section] = value
+    if experiment.optimizer.rates:  # the order of patterns counts, which mappings do not tell
+        flat["optimizer.rates"] = [list(rate) for rate in experiment.optimizer.rates.items()]
     return flat
 
 

@@ -77,7 +77,7 @@ def saved_steps(folder: epath.Path) -> list[int]:
 
 
 def read_record(folder: epath.Path, step: int) -> dict[str, Any]:
-    """What `Checkpoints.save` was given beside arrays.
+    """What `Checkpoints.save` was given beside arrays, `val_loss` as it is known by now.
 
     Raises:
       DamagedCheckpoint: it cannot be read, or is not what was saved.
@@ -87,7 +87,20 @@ def read_record(folder: epath.Path, step: int) -> dict[str, Any]:
     record = {name: value for name, value in stored.items() if name != "digest"}
     if stored.get("digest") != _digest(record):
         raise DamagedCheckpoint("data is not what was saved")
-    return record
+    return record | {_LOSS: _saved_loss(folder, step)}
+
+
+def _saved_loss(folder: epath.Path, step: int) -> float | None:
+    """None, too, where it cannot be read."""
+    try:
+        return json.loads(_loss_file(folder, step).read_text())[_LOSS]
+    except Exception:
+        return None
+
+
+def _loss_file(folder: epath.Path, step: int) -> epath.Path:
+    """Where Orbax's manager keeps what it is told to compare checkpoints by."""
+    return folder / str(step) / "metrics" / "metrics"
 
 
 def _digest(record: dict[str, Any]) -> str:
@@ -251,6 +264,23 @@ class Checkpoints:
                 ),
                 metrics=None if val_loss is None else {_LOSS: val_loss},
             )
+
+    def add_loss(self, step: int, val_loss: float) -> None:
+        """Notes the validation loss of a checkpoint that is there and was saved without.
+
+        Raises:
+          TrainingError: it cannot be written.
+        """
+        self._writing = step
+
+        def write():
+            with self._told():
+                file = _loss_file(self.folder, step)
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(json.dumps({_LOSS: val_loss}))
+
+        distributed.on_main(write)
+        self._manager.reload()
 
     @staticmethod
     def _items(state: TrainState) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
             facts["max_length"] = max(config.model.max_length, before)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, **facts))
         rows = sharding.local_rows(mesh, config.data.batch_size)
-        batches = distributed.everywhere(lambda: data.training_batches(rows))
+        batches = distributed.everywhere(lambda: _training_batches(data, rows))
         program = make_program(config, mesh)
         distributed.on_main(lambda: _write_run(config, run_dir, data))
 
@@ -109,7 +109,7 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
             state, record = restored
         run = _Run(config, run_dir, program, data, checkpoints)
         with sharding.use(mesh):
-            return run.go(state, batches, record.get("validation_due", False))
+            return run.go(state, batches, _validation_due(record))
 
 
 def _open_run(
@@ -135,7 +135,7 @@ def _open_run(
             f"training.checkpoint_dir is {folder}, which has no checkpoints; those of the "
             f"run in {run_dir} went to {before}; copy them, or keep that"
         )
-    if steps and newest == steps[-1] >= training.steps and not record.get("validation_due"):
+    if steps and newest == steps[-1] >= training.steps and not _validation_due(record):
         print(f"the run in {run_dir} is finished; nothing is left to do", file=sys.stderr)
         return newest, True
     stack.enter_context(lock.hold(run_dir))
@@ -182,6 +182,17 @@ def _check_data(record: dict, data: Data, run_dir: Path) -> None:
             f"the training data are not those that the run in {run_dir} was started on (another "
             "length or other tokens); bring those back, or name another --run_dir"
         )
+
+
+def _training_batches(data: Data, rows):
+    if data.validation:
+        data.validation_batches()  # raises now what the first validation would
+    return data.training_batches(rows)
+
+
+def _validation_due(record: dict) -> bool:
+    """Whether the validation of a checkpoint's step was interrupted, and not made up for since."""
+    return record.get("validation_due", False) and record["val_loss"] is None
 
 
 class _Run:
@@ -234,6 +245,8 @@ class _Run:
                 batch = self._place(next(source)) if done < training.steps else None
                 if validation_due:
                     self._validate(state)
+                    if self.validated_at == done:
+                        self.checkpoints.add_loss(done, self.last_validation.loss)
                 while done < training.steps and not self.stop.requested():
                     if profile.starts_at(done + 1, self.first + 1):
                         flush()

@@ -85,7 +85,9 @@ def read_config(run_dir: Path) -> TrainConfig:
 def from_dict(values: dict[str, Any]) -> TrainConfig:
     """A config from what `config.to_dict` made, options that it does not name by default."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.yaml").write_text(yaml.safe_dump(values))
+        # Unsorted: the first pattern of optimizer.rates that matches counts.
+        text = yaml.safe_dump(values, sort_keys=False)
+        (Path(folder) / "config.yaml").write_text(text)
         return read_config(Path(folder))
 
 

@@ -97,6 +97,18 @@ def test_validation_tokens_leave_the_rest_to_training(tmp_path, options):
     only = open_data(DataConfig(validation_tokens=held_out))
     assert only.train == ()
     assert len(only.validation[0]) == 70
+    # A corpus may be on both sides, since what it holds out is another file.
+    corpus = build_corpus(DataConfig(**options), tmp_path / "corpus").folder
+    open_data(DataConfig(tokens=str(corpus), validation_tokens=str(corpus)))
+    with pytest.raises(ConfigError, match=r"corpus/train\.bin is both trained on and in data\.val"):
+        open_data(DataConfig(tokens=str(corpus), validation_tokens=str(corpus / "train.bin")))
+
+
+def test_validation_files_are_looked_for_before_text_is_tokenised(tmp_path, options):
+    missing = str(tmp_path / "v.npy")
+    with pytest.raises(ConfigError, match=r"v\.npy does not exist"):
+        open_data(DataConfig(**options, validation_tokens=missing))
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("part", ["", "train.bin"])

@@ -119,6 +119,8 @@ def test_the_hash_tells_whatever_changes_the_numbers():
             of("experiments.*.reversal.alphabet=5"),
             of("experiments.*.model.d_ff=72"),
             of("experiments.*.loss_over=examples"),
+            of("experiments.*.optimizer.rates={head/.*: 2, .*: 1}"),
+            of("experiments.*.optimizer.rates={.*: 1, head/.*: 2}"),
         )
     ]
     assert len(set(hashes)) == len(hashes)

@@ -260,10 +260,14 @@ def test_a_run_goes_on_on_other_meshes_in_the_same_order(workspace, undisturbed,
 def test_checkpoints_may_be_elsewhere(workspace, undisturbed, tmp_path):
     # As on a pod that is made anew: only the store outlives it.
     store = ("--training.checkpoint_dir", str(tmp_path / "store"))
+    # Rates whose order counts, as the first that matches does; sorted they would change places.
+    rates, others = '{"head/.*": 1, ".*": 1}', '{".*": 1, "head/.*": 1}'
+    store += ("--optimizer.rates", rates)
     train_here(workspace, tmp_path / "one", *FIRST, *store)
     assert not (tmp_path / "one" / "checkpoints").exists()
-    with pytest.raises(ConfigError, match=r"^data.seed is 1, but the run in .*store was started"):
-        train_here(workspace, tmp_path / "two", *WHOLE, *store, "--data.seed", "1")
+    for option, value in {"data.seed": "1", "optimizer.rates": others}.items():
+        with pytest.raises(ConfigError, match=rf"^{option} is .*, but the run in .*store was start"):
+            train_here(workspace, tmp_path / "two", *WHOLE, *store, f"--{option}", value)
     assert not (tmp_path / "two" / "config.yaml").exists()
     train_here(workspace, tmp_path / "two", *WHOLE, *store)
     assert [line["step"] for line in lines_of(tmp_path / "two") if "loss" in line] == [4, 5, 6]

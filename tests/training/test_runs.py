@@ -24,6 +24,7 @@ from repo_jax.data import Tokenizer, byte_tokenizer, open_data
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation.perplexity import score
 from repo_jax.modeling import RePoLM
+from repo_jax.training import loop
 from repo_jax.training import run_dir as run_directory
 from repo_jax.training.checkpoints import Checkpoints, abstract_params
 from repo_jax.training.metrics import MetricsWriter, read_metrics
@@ -340,6 +341,28 @@ def test_other_options_may_change_and_the_rate_stays_zero(workspace, undisturbed
     assert {line.get("learning_rate", 0.0) for line in lines} == {0.0}
     assert [line["step"] for line in lines if "val_loss" in line] == [STEPS + 3]
     assert run_directory.read_config(run_dir).training.accumulation == 2
+
+
+def test_an_interrupted_validation_is_made_up_for_once(workspace, tmp_path, monkeypatch, capsys):
+    run_dir, score_whole, calls = tmp_path / "interrupted", loop.score, []
+
+    def interrupted_at_the_end(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return score_whole(*arguments, **options)
+
+    monkeypatch.setattr(loop, "score", interrupted_at_the_end)
+    length = ("--training.steps", "2", "--training.schedule_steps", f"{STEPS}")
+    for _ in range(3):
+        train_here(workspace, run_dir, *length, "--training.validate_every", "1")
+    losses = [line["val_loss"] for line in lines_of(run_dir) if "val_loss" in line]
+    assert len(losses) == 2
+    assert "is finished; nothing is left to do" in capsys.readouterr().err
+    # It counts when the best is chosen, too.
+    assert losses[1] < losses[0]
+    with Checkpoints(run_dir) as checkpoints:
+        assert (checkpoints.find("best"), checkpoints.best_loss) == (2, losses[1])
 
 
 def test_other_data_is_refused(workspace, undisturbed, tmp_path):
