@@ -557,7 +557,7 @@ class InitConfig:
     Attributes:
       checkpoint: a local folder or a hub id; None: new weights. The `model` section says
         what is trained; a RePo model may start from a RoPE checkpoint, f_phi being new.
-      revision: branch, tag or commit on the hub.
+      revision: branch, tag or commit on the hub; None for a folder.
     """
 
     checkpoint: str | None = None

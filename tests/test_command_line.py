@@ -227,6 +227,11 @@ FILES = [
         ["--init.checkpoint", f"{GOLDEN}/rope"],
         f"model.vocab_size is 257, but init.checkpoint {GOLDEN}/rope has 256; give that",
     ),
+    (
+        ["--init.checkpoint", f"{GOLDEN}/rope", "--init.revision", "stage1"],
+        f"revision is 'stage1', but {GOLDEN}/rope is a folder here, which has none; leave it out "
+        "(of a recipe with --init.revision null)",
+    ),
     (["--run_dir", "{folder}/tiny.yaml"], "--run_dir {folder}/tiny.yaml is a file; name a folder"),
     (
         ["--run_dir", "{folder}/foreign"],

@@ -23,6 +23,10 @@ from repo_jax.data.token_files import open_tokens
 from repo_jax.data.tokenizers import Tokenizer
 from repo_jax.errors import ConfigError
 
+# What a fingerprint is made of: so many blocks of each file, from its first token to its last.
+_BLOCKS = 8
+_BLOCK = 4096
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -59,21 +63,30 @@ class Data:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A short hash of the training tokens: their number, first and last of each file.
+        """A short hash of the training tokens: their number, and blocks from all over each file.
 
         Of a mixture also the names and weights of its sources. For a run to notice that it is
-        continued on other data, wherever these are kept.
+        continued on other data, wherever these are kept. Begins with the number of blocks.
         """
+        return f"{_BLOCKS}-{self._digest(_BLOCKS)}"
+
+    def has_fingerprint(self, fingerprint: str) -> bool:
+        """Whether it is that of these data; once it was of both ends, and had no number."""
+        blocks, _, digest = fingerprint.rpartition("-")
+        return self._digest(int(blocks or 2)) == digest
+
+    def _digest(self, blocks: int) -> str:
         digest = hashlib.blake2b(digest_size=8)
         if self.config.sources:
             weights = {name: source.weight for name, source in self.config.sources.items()}
             digest.update(json.dumps([list(weights.items()), self.source_of]).encode())
-        firsts = object_store.read([array[:4096] for array in self.train])
-        lasts = object_store.read([array[-4096:] for array in self.train])
-        for array, first, last in zip(self.train, firsts, lasts, strict=True):
+        starts = lambda array: np.linspace(0, max(0, len(array) - _BLOCK), blocks).astype(int)
+        parts = [array[i : i + _BLOCK] for array in self.train for i in starts(array)]
+        found = iter(object_store.read(parts))
+        for array in self.train:
             digest.update(str(len(array)).encode())
-            digest.update(first.astype("<u4").tobytes())
-            digest.update(last.astype("<u4").tobytes())
+            for part in itertools.islice(found, blocks):
+                digest.update(part.astype("<u4").tobytes())
         return digest.hexdigest()
 
     @property

@@ -29,7 +29,10 @@ def locate(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
         if not path.is_dir():
             raise ConfigError(f"{path} is a file; name the folder that it is in")
         if revision is not None:
-            raise ConfigError(f"revision is {revision!r}, but {path} is a folder here")
+            raise ConfigError(
+                f"revision is {revision!r}, but {path} is a folder here, which has none; leave it "
+                "out (of a recipe with --init.revision null)"
+            )
         return path
     hub_id = str(path_or_hub_id)
     if isinstance(path_or_hub_id, Path) or not _HUB_ID.fullmatch(hub_id):

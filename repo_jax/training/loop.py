@@ -158,6 +158,10 @@ def _checkpoints_before(run_dir: Path):
 
 
 def _write_run(config: TrainConfig, run_dir: Path, data: Data) -> None:
+    folder = checkpoint_folder(run_dir, config.training.checkpoint_dir)
+    _, record = _newest_record(folder, saved_steps(folder))
+    if record:  # else config.yaml would name data that are not the run's
+        _check_data(record, data, run_dir)
     run_directory.write(run_dir, config)
     if data.tokenizer is not None:
         run_directory.keep_tokenizer(run_dir, data.tokenizer)
@@ -177,10 +181,10 @@ def _check_attention(name: str | None) -> None:
 
 
 def _check_data(record: dict, data: Data, run_dir: Path) -> None:
-    if record["fingerprint"] != data.fingerprint:
+    if not data.has_fingerprint(record["fingerprint"]):
         raise ConfigError(
-            f"the training data are not those that the run in {run_dir} was started on (another "
-            "length or other tokens); bring those back, or name another --run_dir"
+            f"the training data are not those that the run in {run_dir} was started on (other "
+            "files, another order or other tokens); bring those back, or name another --run_dir"
         )
 
 

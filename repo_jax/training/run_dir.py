@@ -1,6 +1,7 @@
 """The run directory: which config it was started with, and what may change later."""
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,6 +18,9 @@ from repo_jax.training import lock
 _FREE = {
     "data.cache_dir",
     "data.prefetch",
+    "data.text",  # where data are kept; `Data.fingerprint` says whether they are the same
+    "data.tokens",
+    "data.validation_tokens",
     "init.checkpoint",  # read only before the first step
     "init.revision",
     "mesh.context",
@@ -43,6 +47,8 @@ _FREE = {
     "training.validation_windows",
     "training.wandb_project",
 }
+# Likewise, by the name of the source.
+_FREE_OF_SOURCES = re.compile(r"data\.sources\..*\.(text|tokens)")
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -58,9 +64,16 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _mathematics(config: TrainConfig) -> dict[str, Any]:
-    flat = {k: v for k, v in _flatten(to_dict(config)).items() if k not in _FREE}
+    flat = {
+        name: value
+        for name, value in _flatten(to_dict(config)).items()
+        if name not in _FREE and not _FREE_OF_SOURCES.fullmatch(name)
+    }
     if not config.model.eos_ids:
         del flat["model.eos_ids"]
+    tokenizer = config.data.tokenizer
+    if tokenizer != "bytes" and not tokenizer.startswith("bpe:"):  # a place too
+        flat["data.tokenizer"] = "tokenizer.json"
     training = config.training
     length = training.schedule_steps or training.steps
     return flat | {"training.schedule_steps (training.steps unless given)": length}

@@ -135,15 +135,22 @@ def test_dtype_of_token_files(tmp_path):
 
 
 def test_the_fingerprint_tells_data_apart(tmp_path):
-    def fingerprint(*arrays):
+    def data(*arrays):
         for i, array in enumerate(arrays):
             np.array(array, "<u4").tofile(tmp_path / f"{i}.npy")
         paths = [str(tmp_path / f"{i}.npy") for i in range(len(arrays))]
-        return open_data(DataConfig(tokens=paths, sequence_length=10)).fingerprint
+        return open_data(DataConfig(tokens=paths, sequence_length=10))
 
-    a, b = np.arange(100), np.arange(100) + 1
+    fingerprint = lambda *arrays: data(*arrays).fingerprint
+    a, b, long = np.arange(100), np.arange(100) + 1, np.arange(20_000)
     assert fingerprint(a, b) == fingerprint(a, b)
     assert len({fingerprint(a, b), fingerprint(b, a), fingerprint(a), fingerprint(a[:50])}) == 4
+    hole = np.where((long > 5000) & (long < 15_000), 0, long)  # as a copy that broke off may have
+    assert fingerprint(hole, a) != fingerprint(long, a)
+
+    # Of runs that began when it was of both ends alone.
+    assert data(long, a).has_fingerprint("f65e48ad53f7a546")
+    assert not data(long, b).has_fingerprint("f65e48ad53f7a546")
 
 
 def test_data_that_does_not_fit_the_model(tmp_path, options):

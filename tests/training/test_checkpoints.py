@@ -266,7 +266,8 @@ def test_checkpoints_may_be_elsewhere(workspace, undisturbed, tmp_path):
     train_here(workspace, tmp_path / "one", *FIRST, *store)
     assert not (tmp_path / "one" / "checkpoints").exists()
     for option, value in {"data.seed": "1", "optimizer.rates": others}.items():
-        with pytest.raises(ConfigError, match=rf"^{option} is .*, but the run in .*store was start"):
+        refused = rf"^{option} is .*, but the run in .*store was started"
+        with pytest.raises(ConfigError, match=refused):
             train_here(workspace, tmp_path / "two", *WHOLE, *store, f"--{option}", value)
     assert not (tmp_path / "two" / "config.yaml").exists()
     train_here(workspace, tmp_path / "two", *WHOLE, *store)

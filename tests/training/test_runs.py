@@ -332,6 +332,7 @@ def test_other_options_may_change_and_the_rate_stays_zero(workspace, undisturbed
         "model.remat": "full",
         "data.prefetch": 1,
         "data.cache_dir": tmp_path / "cache",
+        "data.text": shutil.copytree(workspace / "corpus", tmp_path / "moved"),
     }
     options = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
     train_here(workspace, run_dir, *LONGER, *options)
@@ -366,17 +367,31 @@ def test_an_interrupted_validation_is_made_up_for_once(workspace, tmp_path, monk
 
 
 def test_other_data_is_refused(workspace, undisturbed, tmp_path):
-    folder = tmp_path / "elsewhere"
-    shutil.copytree(workspace, folder, ignore=shutil.ignore_patterns("killed*", "programs"))
-    with (folder / "corpus" / "00.txt").open("a") as file:
+    run_dir, corpus = tmp_path / "undisturbed", tmp_path / "corpus"
+    shutil.copytree(undisturbed, run_dir)
+    shutil.copytree(workspace / "corpus", corpus)
+    with (corpus / "00.txt").open("a") as file:
         file.write("one more sentence")
-    run_dir = folder / "undisturbed"
-    config = (run_dir / "config.yaml").read_text().replace(str(workspace), str(folder))
-    (run_dir / "config.yaml").write_text(config)
-    config = (folder / "tiny.yaml").read_text().replace(str(workspace), str(folder))
-    (folder / "tiny.yaml").write_text(config)
+    before = (run_dir / "config.yaml").read_text()
     with pytest.raises(ConfigError, match="the training data are not those that the run in"):
-        train_here(folder, run_dir, *LONGER)
+        train_here(workspace, run_dir, *LONGER, "--data.text", str(corpus))
+    assert (run_dir / "config.yaml").read_text() == before
+
+
+def test_what_tells_data_from_others_is_not_where_they_are(workspace):
+    def config(*options):
+        return parse(workspace / "tiny.yaml", "--data.text=[]", *options)
+
+    def mixed(path, weight=1.0):
+        web = {"tokens": f"{path}/*.npy", "weight": weight}
+        notes = {"text": f"{path}/notes", "weight": 2.0}
+        return config("--data.tokenizer", path, "--data.sources", str({"web": web, "notes": notes}))
+
+    same = run_directory.check_same
+    same(config("--data.tokens=a"), config("--data.tokens=b", "--data.validation_tokens=v"), "x")
+    same(mixed("a"), mixed("b"), "x")
+    with pytest.raises(ConfigError, match=r"^data\.sources\.web\.weight is 3\.0, but the run"):
+        same(mixed("a"), mixed("b", weight=3.0), "x")
 
 
 # Failing.
