@@ -5,6 +5,7 @@ as a mistake in a file, is exchanged before anyone acts on it, so that none wait
 are gone.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -19,6 +20,11 @@ Result = TypeVar("Result")
 
 # How long a process that ends waits for the others; they may all be stuck in a collective with it.
 _SHUTDOWN_SECONDS = 60
+
+# How long processes wait for one that is at work alone.
+_PATIENCE_SECONDS = 24 * 3600
+
+_meetings = itertools.count()  # every process counts the same
 
 
 def add_options(parser) -> None:
@@ -106,21 +112,29 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Waits until all processes are here."""
-    multihost_utils.sync_global_devices(name)
-
-
 def exchange(value: Any) -> list[Any]:
     """What each process gives, in their order. Values are such as JSON holds."""
     if jax.process_count() == 1:
         return [value]
+    _meet()
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(text)))
     padded = np.zeros(lengths.max(), np.uint8)
     padded[: len(text)] = text
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(bytes(row[:n])) for row, n in zip(rows, lengths, strict=True)]
+
+
+def _meet() -> None:
+    """Waits until all processes are here, while one may download or tokenise for hours.
+
+    By JAX's coordination service, which also notices who is gone. A collective would give up
+    after half a minute on CPUs, after minutes on GPUs.
+    """
+    from orbax.checkpoint import multihost
+
+    wait = multihost.get_barrier_sync_fn()
+    wait(key=f"repo_jax.{next(_meetings)}", timeout_ms=1000 * _PATIENCE_SECONDS)
 
 
 def everywhere(action: Callable[[], Result]) -> Result:

@@ -1,8 +1,10 @@
 """Runs small enough to be made again and again: a corpus, a config, a run directory."""
 
+import contextlib
 import multiprocessing
 import os
 import random
+import socket
 import sys
 import time
 from pathlib import Path
@@ -144,6 +146,13 @@ def _train(arguments, output: Path, programs: Path, devices: int, cwd: Path | No
     keep_programs(programs)
     sys.argv = ["train.py", *arguments]
     command.run()
+
+
+def free_address() -> str:
+    """On this machine, which nobody listens at."""
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
 
 
 def keep_programs(folder: Path | None) -> None:

@@ -1,18 +1,20 @@
 """Two real processes, four CPU devices each, train as one with eight does."""
 
-import contextlib
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
 
-from tests.tiny_runs import ROOT, TrainProcess, last_checkpoint, last_line, lines_of, write_config
+from tests.tiny_runs import (
+    TrainProcess,
+    free_address,
+    last_checkpoint,
+    last_line,
+    lines_of,
+    write_config,
+)
 
 STEPS = 12
 OPTIONS = [
@@ -35,13 +37,6 @@ def alone(workspace):
     """The run of one process."""
     TrainProcess(workspace, workspace / "alone", *OPTIONS, devices=8).finish()
     return workspace / "alone"
-
-
-def free_address() -> str:
-    """On this machine, which nobody listens at."""
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("localhost", 0))
-        return f"localhost:{free.getsockname()[1]}"
 
 
 class Pair:
@@ -198,20 +193,3 @@ def test_checkpoints_go_to_a_place_that_all_processes_see(workspace, hosts, tmp_
     )
     assert not any(run_dir.iterdir())
     assert all(path.suffix == ".npy" for host in hosts for path in host.iterdir())
-
-
-def test_a_named_process_takes_all_devices_under_slurm_too():
-    program = """
-        import sys
-        import jax
-        from repo_jax import distributed
-        distributed.start(coordinator=sys.argv[1], num_processes=1, process_id=0)
-        print(jax.config.read("jax_cuda_visible_devices"))
-    """
-    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "8"}
-    slurm |= {"SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
-    ended = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), free_address()],
-        **dict(cwd=ROOT, env=os.environ | slurm, capture_output=True, text=True, timeout=120),
-    )
-    assert ended.stdout == "all\n", ended.stderr
