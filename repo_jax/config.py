@@ -161,7 +161,7 @@ class DecoderConfig:
       eos_ids: ids that end a document; the first is the one written between documents.
       pad_id: id of padding, where there is any.
       dtype: of activations. Positions, angles, norms' statistics and softmax are float32.
-      param_dtype: of parameters.
+      param_dtype: of parameters; float32 in a run, since bfloat16 rounds small updates away.
       remat: what the backward pass keeps of each layer: `none`, everything; `full`,
         only its input; `attention`, that and attention's output; `dots`, all matrix products.
       attention: implementation of `pallas_kernels.rotary_attention`, None: automatic.
@@ -580,6 +580,11 @@ class TrainConfig:
             bool(self.data.text or self.data.tokens or self.data.sources),
             "neither data.text nor data.tokens is given; name files or folders to train on, or "
             "data.sources",
+        )
+        _require(
+            self.model.param_dtype == "float32",
+            f"model.param_dtype is {self.model.param_dtype}; it must be float32 to train, since "
+            "what a step adds would be rounded away (model.dtype bfloat16 is for activations)",
         )
         _require(
             self.data.batch_size % self.training.accumulation == 0,

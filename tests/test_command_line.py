@@ -120,6 +120,10 @@ OPTIONS = [
         ["--model.attention", "flash"],
         "model.attention is flash; it must be one of 'xla', 'pallas_tpu', 'pallas_gpu', 'cudnn', ",
     ),
+    (
+        ["--model.param_dtype", "bfloat16"],
+        "model.param_dtype is bfloat16; it must be float32 to train, since what a step adds would",
+    ),
     (["--model.n_kv_heads", "3"], "model.n_kv_heads is 3; it must divide model.n_heads (2)"),
     (
         ["--training.accumulation", "3"],

@@ -19,7 +19,7 @@ from repo_jax.data.corpus import Corpus, open_corpus
 from repo_jax.data.mixture import Mixture
 from repo_jax.data.object_store import StoredTokens, Tokens
 from repo_jax.data.text import find_files, read_documents
-from repo_jax.data.token_files import open_tokens
+from repo_jax.data.token_files import open_tokens, opening
 from repo_jax.data.tokenizers import Tokenizer
 from repo_jax.errors import ConfigError
 
@@ -200,14 +200,15 @@ def open_data(config: DataConfig, model: DecoderConfig | None = None) -> Data:
     everything = (file.tokens for file in (*files, *held_out))
     object_store.check([tokens for tokens in everything if tokens is not None], vocab_size)
     train, validation = [], []
-    for file in files:
-        if held_out:
-            train.append(_open(file, "train", config, vocab_size))
-            continue
-        kept, held = _hold_out(file, config, vocab_size)
-        train.append(kept)
-        validation += [held] if len(held) else []
-    validation += [_open(file, "validation", config, vocab_size) for file in held_out]
+    with opening(sum(file.path is not None for file in (*files, *held_out))):
+        for file in files:
+            if held_out:
+                train.append(_open(file, "train", config, vocab_size))
+                continue
+            kept, held = _hold_out(file, config, vocab_size)
+            train.append(kept)
+            validation += [held] if len(held) else []
+        validation += [_open(file, "validation", config, vocab_size) for file in held_out]
     if held_out:
         for name in {tokens.filename for tokens in train} & {held.filename for held in validation}:
             raise ConfigError(

@@ -3,10 +3,13 @@
 The layout of OLMo's training data, whose files are named .npy and yet have no header.
 """
 
+import contextlib
+import errno
 import math
 import os
+import resource
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -58,6 +61,36 @@ def open_tokens(path: str | Path, dtype: str, vocab_size: int | None = None) -> 
         for start in np.linspace(0, max(0, len(tokens) - _BLOCK), blocks).astype(int):
             check_ids(tokens[start : start + _BLOCK], vocab_size, str(path))
     return tokens
+
+
+# Files, sockets and devices that a process has open besides token files.
+_OTHER_FILES = 512
+
+
+@contextlib.contextmanager
+def opening(count: int) -> Iterator[None]:
+    """Lets `count` token files be opened inside: a file that is mapped counts as an open one.
+
+    Raises:
+      ConfigError: this process may not open so many.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # where the system has a limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise ConfigError(
+            f"{count} token files cannot be open at once, since a process may have {limit} open "
+            "files here; raise that limit (ulimit -Hn), or join files"
+        ) from None
 
 
 def count_tokens(path: str | Path, size: int, dtype: str) -> int:

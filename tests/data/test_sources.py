@@ -1,6 +1,8 @@
 """`open_data` and `open_text`: from a data section to tokens."""
 
 import json
+import os
+import resource
 
 import numpy as np
 import pytest
@@ -183,6 +185,28 @@ def test_token_paths_that_give_nothing(tmp_path, options):
     corpus = build_corpus(config, tmp_path / "corpus")
     with pytest.raises(ConfigError, match="corpus has no validation tokens"):
         open_data(DataConfig(validation_tokens=str(corpus.folder)))
+
+
+@pytest.fixture
+def most_open_files():
+    """A number of files that this process cannot open, as it has some open already."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = max(map(int, os.listdir("/dev/fd"))) + 9
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_more_files_than_a_process_may_open(tmp_path, monkeypatch, most_open_files):
+    for i in range(most_open_files):
+        token_file(tmp_path / f"{i}.npy", 30)
+    config = DataConfig(tokens=str(tmp_path / "*.npy"), sequence_length=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(resource, "setrlimit", lambda *_: None)  # as if that were the hard limit
+        message = r"^(\d+) token files cannot be open at once, .* may have \1 open files here"
+        with pytest.raises(ConfigError, match=message):
+            open_data(config)
+    assert len(open_data(config).train) == most_open_files
 
 
 def test_text_to_evaluate_on(options, tmp_path):
