@@ -16,6 +16,7 @@ from repo_jax.config import TrainConfig, to_dict
 from repo_jax.data import Data, open_data
 from repo_jax.errors import ConfigError, TrainingError
 from repo_jax.evaluation.perplexity import Score, score
+from repo_jax.progress import Lines
 from repo_jax.training import lock, observe
 from repo_jax.training import run_dir as run_directory
 from repo_jax.training.checkpoints import (
@@ -261,6 +262,8 @@ class _Run:
         kinds = config.model.kinds
         self.repo_layers = [i for i, kind in enumerate(kinds) if kind == "repo"]
         self.collapse = observe.CollapseWatch(self.repo_layers)
+        self.lines = Lines()
+        self.rate: float | None = None  # tokens per second, as last written
 
     def go(self, state: TrainState, batches, validation_due: bool) -> Summary:
         """Runs the steps that are left.
@@ -381,7 +384,8 @@ class _Run:
             values["tokens_per_second"] = seconds and self._tokens / seconds
             values["step_seconds"] = seconds
             self._write(step, **values, **self._mfu(seconds), tokens=step * self._tokens)
-            self._show(step, values)
+            self.rate = values["tokens_per_second"]
+        self._show(step, values["loss"])
         self.bar.update(1)
 
     def _mfu(self, seconds: float | None) -> dict[str, float | None]:
@@ -466,10 +470,12 @@ class _Run:
         if self.writer:
             self.writer.write(step, **values)
 
-    def _show(self, step: int, values: dict[str, float]) -> None:
-        loss, rate = values["loss"], values["tokens_per_second"]
-        speed = "" if rate is None else f", {rate:,.0f} tokens/s"
+    def _show(self, step: int, loss: float) -> None:
+        speed = "" if self.rate is None else f", {self.rate:,.0f} tokens/s"
         if not self.bar.disable:
             self.bar.set_postfix_str(f"loss {loss:.3f}{speed}", refresh=False)
-        elif self.writer and step % max(1, self.config.training.steps // 20) == 0:
+        elif self.writer and (
+            self.lines.due or step in (self.first + 1, self.config.training.steps)
+        ):
+            self.lines.written()
             print(f"step {step}: loss {loss:.4f}{speed}", file=sys.stderr, flush=True)
