@@ -77,25 +77,20 @@ def saved_steps(folder: epath.Path) -> list[int]:
 
 
 def read_record(folder: epath.Path, step: int) -> dict[str, Any]:
-    """What `Checkpoints.save` was given beside arrays, `val_loss` as it is known by now.
+    """What `Checkpoints.save` was given beside arrays; no validation is due after `add_loss`.
 
     Raises:
       DamagedCheckpoint: it cannot be read, or is not what was saved.
     """
     with _damage():
         stored = ocp.JsonCheckpointHandler().restore(folder / str(step) / "data")
+        scored = _loss_file(folder, step).exists()
     record = {name: value for name, value in stored.items() if name != "digest"}
     if stored.get("digest") != _digest(record):
         raise DamagedCheckpoint("data is not what was saved")
-    return record | {_LOSS: _saved_loss(folder, step)}
-
-
-def _saved_loss(folder: epath.Path, step: int) -> float | None:
-    """None, too, where it cannot be read."""
-    try:
-        return json.loads(_loss_file(folder, step).read_text())[_LOSS]
-    except Exception:
-        return None
+    if scored and "validation_due" in record:
+        record["validation_due"] = False
+    return record
 
 
 def _loss_file(folder: epath.Path, step: int) -> epath.Path:

@@ -11,12 +11,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from repo_jax import distributed, flops, sharding
+from repo_jax import distributed, flops, progress, sharding
 from repo_jax.config import TrainConfig, to_dict
 from repo_jax.data import Data, open_data
 from repo_jax.errors import ConfigError, TrainingError
 from repo_jax.evaluation.perplexity import Score, score
-from repo_jax.progress import Lines
 from repo_jax.training import lock, observe
 from repo_jax.training import run_dir as run_directory
 from repo_jax.training.checkpoints import (
@@ -105,7 +104,7 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
             state, record = restored
         run = _Run(config, run_dir, program, data, checkpoints)
         with sharding.use(mesh):
-            return run.go(state, batches, _validation_due(record))
+            return run.go(state, batches, record.get("validation_due", False))
 
 
 def _open_run(config: TrainConfig, run_dir: Path, stack: contextlib.ExitStack) -> int | None:
@@ -130,7 +129,7 @@ def _open_run(config: TrainConfig, run_dir: Path, stack: contextlib.ExitStack) -
                 f"run in {run_dir} went to {before}; copy them, or keep that"
             )
         _check_init(config)
-    elif newest == steps[-1] >= training.steps and not _validation_due(record):
+    elif newest == steps[-1] >= training.steps and not record.get("validation_due"):
         print(f"the run in {run_dir} is finished; nothing is left to do", file=sys.stderr)
         return newest
     stack.enter_context(lock.hold(run_dir))
@@ -243,11 +242,6 @@ def _training_batches(data: Data, rows):
     return data.training_batches(rows)
 
 
-def _validation_due(record: dict) -> bool:
-    """Whether the validation of a checkpoint's step was interrupted, and not made up for since."""
-    return record.get("validation_due", False) and record["val_loss"] is None
-
-
 class _Run:
     """What a run does around its steps: numbers, validation, checkpoints, stopping."""
 
@@ -262,7 +256,7 @@ class _Run:
         kinds = config.model.kinds
         self.repo_layers = [i for i, kind in enumerate(kinds) if kind == "repo"]
         self.collapse = observe.CollapseWatch(self.repo_layers)
-        self.lines = Lines()
+        self.lines = progress.Lines()
         self.rate: float | None = None  # tokens per second, as last written
 
     def go(self, state: TrainState, batches, validation_due: bool) -> Summary:
