@@ -18,13 +18,13 @@ from repo_jax.errors import ConfigError, TrainingError
 from repo_jax.evaluation.perplexity import Score, score
 from repo_jax.training import lock, observe
 from repo_jax.training import run_dir as run_directory
-from repo_jax.training.checkpoints import (
-    Checkpoints,
+from repo_jax.training.checkpoint_files import (
     DamagedCheckpoint,
     checkpoint_folder,
     read_record,
     saved_steps,
 )
+from repo_jax.training.checkpoints import Checkpoints
 from repo_jax.training.metrics import MetricsWriter, require_loggers
 from repo_jax.training.program import Program, make_program
 from repo_jax.training.step import TrainState
