@@ -469,7 +469,7 @@ class TrainingConfig:
       checkpoint_dir: where checkpoints go, a folder or gs:// or s3:// (extras `gcs`, `s3`);
         None: into the run directory.
       loss_chunk: positions whose logits exist at a time.
-      progress: a bar where standard error is a terminal, else a line now and then.
+      progress: a bar where standard error is a terminal, else a line every half minute.
       position_stats_every: steps between lines that also have the range and the spread of z in
         each RePo layer; None: never.
       profile_steps: first and last step that XLA's profiler traces into the run directory;

@@ -78,5 +78,15 @@ def test_recipes_fit_the_mesh_of_sixteen_devices_or_more(path):
     sharding.check(config, SimpleNamespace(shape=sizes))
 
 
+def test_recipes_save_about_every_half_hour_on_the_pods_of_the_guide():
+    lines = (ROOT / "docs" / "8-planning.md").read_text().splitlines()
+    plans = [line.split(" | ") for line in lines if line.startswith("| olmo2_")]
+    assert len(plans) > 5
+    for plan in plans:
+        name, seconds_per_step = plan[0].strip("| "), float(plan[10])
+        every = read(ROOT / "configs" / f"{name}.yaml").training.checkpoint_every
+        assert every * seconds_per_step / 60 < 35
+
+
 def test_every_size_with_a_recipe_is_a_published_one():
     assert {f"olmo2_{path.stem.split('_')[1]}" for path in RECIPES} <= set(PRESETS)

@@ -21,10 +21,9 @@ from repo_jax.evidence import about, results
 from repo_jax.evidence import cell as cells
 from repo_jax.evidence.suite import Cell, Suite, definition
 from repo_jax.evidence.worker import Pace, Worker
+from repo_jax.progress import Lines
 from repo_jax.training import lock
 from repo_jax.training.stopping import Stop
-
-_SECONDS_BETWEEN_LINES = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +159,7 @@ class _Run:
         # Of cells that were stopped, by experiment: what they would have taken.
         path = out / "expected.json"
         self.expected: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
-        self.line_at = 0.0
+        self.lines = Lines()
         self.at_a_time = 1
 
     def check_time(self) -> None:
@@ -226,7 +225,7 @@ class _Run:
                         self._failed([worker.cell], f"status {status}")
                         continue
                     self._finished(worker.cell, time.monotonic() - began, waiting, running)
-                if time.monotonic() - self.line_at > _SECONDS_BETWEEN_LINES:
+                if self.lines.due:
                     self._say(waiting, running)
         finally:
             for worker in running:
@@ -241,8 +240,8 @@ class _Run:
             if stop.requested() or late:
                 raise _Stopped
             pace.heard(step)
-            if time.monotonic() - self.line_at > _SECONDS_BETWEEN_LINES:
-                self.line_at = time.monotonic()
+            if self.lines.due:
+                self.lines.written()
                 print(f"{group[0].name}: step {step}, loss {loss:.4f}", file=sys.stderr, flush=True)
 
         waiting = self.missing()
@@ -295,7 +294,8 @@ class _Run:
 
     def _say(self, waiting: Sequence[Cell], running) -> None:
         """One line: what is done, what runs, about how long it will be."""
-        self.line_at = now = time.monotonic()
+        self.lines.written()
+        now = time.monotonic()
         total = len(self.suite.cells())
         done = sum(map(self._is_done, self.suite.cells()))
         parts = [f"{done} of {total} cells done"]

@@ -15,7 +15,7 @@ from repo_jax import distributed
 from repo_jax.config import TrainConfig, to_dict
 from repo_jax.data import Data
 from repo_jax.errors import ConfigError
-from repo_jax.training.checkpoints import checkpoint_folder
+from repo_jax.training.checkpoint_files import checkpoint_folder
 
 
 def check_options(config: TrainConfig) -> None:

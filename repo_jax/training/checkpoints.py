@@ -7,9 +7,7 @@ whole is told from one that does not fit, and from a store that does not answer.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -25,86 +23,22 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from repo_jax import distributed, sharding
 from repo_jax.config import RopeScaling
-from repo_jax.errors import ConfigError, MissingPackageError, TrainingError
+from repo_jax.errors import ConfigError, TrainingError
 from repo_jax.modeling import RePoLM, abstract_params, boxed_params
+from repo_jax.training.checkpoint_files import (
+    DamagedCheckpoint,
+    checkpoint_folder,
+    digest,
+    loss_file,
+    read_record,
+    reading,
+    reason,
+    saved_steps,
+)
 from repo_jax.training.run_dir import read_config
 from repo_jax.training.step import TrainState
 
 _LOSS = "val_loss"
-
-# Packages and extras by the scheme of an object store's URL.
-_STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
-
-# Errors that say nothing about a checkpoint: others may read it, or the same process later.
-_ELSEWHERE = (PermissionError, ConnectionError, TimeoutError, MemoryError, ImportError)
-_ELSEWHERE_WORDS = re.compile(
-    "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED"
-)
-
-
-class DamagedCheckpoint(Exception):
-    """A checkpoint is not what was saved; the message says what is wrong with it."""
-
-
-def checkpoint_folder(run_dir: Path, checkpoint_dir: str | None = None) -> epath.Path:
-    """Where the checkpoints of a run are: `checkpoint_dir`, a folder or gs:// or s3://, if given.
-
-    Raises:
-      ConfigError: it is in a kind of store that checkpoints cannot be in.
-      MissingPackageError: an object store needs a package that is not installed.
-    """
-    if checkpoint_dir is None:
-        return epath.Path((Path(run_dir) / "checkpoints").absolute())
-    scheme, separator, _ = checkpoint_dir.partition("://")
-    if not separator:
-        return epath.Path(Path(checkpoint_dir).expanduser().absolute())
-    if scheme not in _STORES:
-        raise ConfigError(
-            f"training.checkpoint_dir is {checkpoint_dir}; it must be a folder, or start with "
-            + " or ".join(f"{name}://" for name in _STORES)
-        )
-    package, extra = _STORES[scheme]
-    try:
-        __import__(package)
-    except ImportError:
-        raise MissingPackageError(package, f"training.checkpoint_dir {scheme}://", extra) from None
-    return epath.Path(checkpoint_dir)
-
-
-def saved_steps(folder: epath.Path) -> list[int]:
-    """The steps of the checkpoints in a folder, those that are still written left out."""
-    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
-
-
-def read_record(folder: epath.Path, step: int) -> dict[str, Any]:
-    """What `Checkpoints.save` was given beside arrays, `val_loss` as it is known by now.
-
-    Raises:
-      DamagedCheckpoint: it cannot be read, or is not what was saved.
-    """
-    with _damage():
-        stored = ocp.JsonCheckpointHandler().restore(folder / str(step) / "data")
-    record = {name: value for name, value in stored.items() if name != "digest"}
-    if stored.get("digest") != _digest(record):
-        raise DamagedCheckpoint("data is not what was saved")
-    return record | {_LOSS: _saved_loss(folder, step)}
-
-
-def _saved_loss(folder: epath.Path, step: int) -> float | None:
-    """None, too, where it cannot be read."""
-    try:
-        return json.loads(_loss_file(folder, step).read_text())[_LOSS]
-    except Exception:
-        return None
-
-
-def _loss_file(folder: epath.Path, step: int) -> epath.Path:
-    """Where Orbax's manager keeps what it is told to compare checkpoints by."""
-    return folder / str(step) / "metrics" / "metrics"
-
-
-def _digest(record: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 @jax.jit
@@ -134,34 +68,6 @@ def _checksums(tree) -> dict[str, int]:
 
 def _by_name(tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-@contextlib.contextmanager
-def _damage() -> Iterator[None]:
-    """Turns what reading raises into `DamagedCheckpoint`, unless it says nothing about the data."""
-    try:
-        yield
-    except (ConfigError, MissingPackageError):
-        raise
-    except Exception as error:
-        reason = _reason(error)
-        if isinstance(error, _ELSEWHERE) or _ELSEWHERE_WORDS.search(reason):
-            raise TrainingError(f"a checkpoint cannot be read: {reason}") from error
-        raise DamagedCheckpoint(reason) from error
-
-
-def _reason(error: BaseException) -> str:
-    """What the innermost error says, on one line, the operating system's words if it has some."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    if isinstance(error, OSError) and error.strerror:
-        where = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{where}"
-    text = " ".join(str(error).split())
-    if number := re.search(r"os_error_code='(\d+)'", text):
-        return os.strerror(int(number[1]))
-    text = re.sub(r" \[\w+=.*", "", text)
-    return text or type(error).__name__
 
 
 class _Manager(ocp.CheckpointManager):
@@ -220,7 +126,7 @@ class Checkpoints:
             self._manager = _Manager(self.folder, options=options)
         except OSError as error:
             raise ConfigError(
-                f"checkpoints cannot be written to {self.folder}: {_reason(error)}; name "
+                f"checkpoints cannot be written to {self.folder}: {reason(error)}; name "
                 "another training.checkpoint_dir or --run_dir"
             ) from None
 
@@ -260,7 +166,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-                    data=ocp.args.JsonSave({**record, "digest": _digest(record)}),
+                    data=ocp.args.JsonSave({**record, "digest": digest(record)}),
                 ),
                 metrics=None if val_loss is None else {_LOSS: val_loss},
             )
@@ -275,7 +181,7 @@ class Checkpoints:
 
         def write():
             with self._told():
-                file = _loss_file(self.folder, step)
+                file = loss_file(self.folder, step)
                 file.parent.mkdir(exist_ok=True)
                 file.write_text(json.dumps({_LOSS: val_loss}))
 
@@ -298,7 +204,7 @@ class Checkpoints:
             )
             raise TrainingError(
                 f"the checkpoint of step {self._writing} cannot be written to {self.folder}: "
-                f"{_reason(error)}; {good}, and the same command goes on from there"
+                f"{reason(error)}; {good}, and the same command goes on from there"
             ) from error
 
     def wait(self) -> None:
@@ -436,7 +342,7 @@ class Checkpoints:
 
         def read():
             try:
-                with _damage():
+                with reading():
                     loaded = {}
                     for name, abstract in items.items():
                         path = self.folder / str(step) / name

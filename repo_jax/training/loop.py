@@ -11,20 +11,20 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from repo_jax import distributed, flops, sharding
+from repo_jax import distributed, flops, progress, sharding
 from repo_jax.config import TrainConfig, to_dict
 from repo_jax.data import Data, open_data
 from repo_jax.errors import ConfigError, TrainingError
 from repo_jax.evaluation.perplexity import Score, score
 from repo_jax.training import agreement, initial, lock, observe
 from repo_jax.training import run_dir as run_directory
-from repo_jax.training.checkpoints import (
-    Checkpoints,
+from repo_jax.training.checkpoint_files import (
     DamagedCheckpoint,
     checkpoint_folder,
     read_record,
     saved_steps,
 )
+from repo_jax.training.checkpoints import Checkpoints
 from repo_jax.training.metrics import MetricsWriter, require_loggers
 from repo_jax.training.program import Program, make_program
 from repo_jax.training.step import TrainState
@@ -109,7 +109,7 @@ def train(config: TrainConfig, run_dir: str | Path) -> Summary:
             state, record = restored
         run = _Run(config, run_dir, program, data, checkpoints)
         with sharding.use(mesh):
-            return run.go(state, batches, _validation_due(record))
+            return run.go(state, batches, record.get("validation_due", False))
 
 
 def _open_run(
@@ -135,7 +135,7 @@ def _open_run(
             f"training.checkpoint_dir is {folder}, which has no checkpoints; those of the "
             f"run in {run_dir} went to {before}; copy them, or keep that"
         )
-    if steps and newest == steps[-1] >= training.steps and not _validation_due(record):
+    if steps and newest == steps[-1] >= training.steps and not record.get("validation_due"):
         print(f"the run in {run_dir} is finished; nothing is left to do", file=sys.stderr)
         return newest, True
     stack.enter_context(lock.hold(run_dir))
@@ -194,11 +194,6 @@ def _training_batches(data: Data, rows):
     return data.training_batches(rows)
 
 
-def _validation_due(record: dict) -> bool:
-    """Whether the validation of a checkpoint's step was interrupted, and not made up for since."""
-    return record.get("validation_due", False) and record["val_loss"] is None
-
-
 class _Run:
     """What a run does around its steps: numbers, validation, checkpoints, stopping."""
 
@@ -213,6 +208,8 @@ class _Run:
         kinds = config.model.kinds
         self.repo_layers = [i for i, kind in enumerate(kinds) if kind == "repo"]
         self.collapse = observe.CollapseWatch(self.repo_layers)
+        self.lines = progress.Lines()
+        self.rate: float | None = None  # tokens per second, as last written
 
     def go(self, state: TrainState, batches, validation_due: bool) -> Summary:
         """Runs the steps that are left.
@@ -344,7 +341,8 @@ class _Run:
             values["tokens_per_second"] = seconds and self._tokens / seconds
             values["step_seconds"] = seconds
             self._write(step, **values, **self._mfu(seconds), tokens=step * self._tokens)
-            self._show(step, values)
+            self.rate = values["tokens_per_second"]
+        self._show(step, values["loss"])
         self.bar.update(1)
 
     def _mfu(self, seconds: float | None) -> dict[str, float | None]:
@@ -429,10 +427,12 @@ class _Run:
         if self.writer:
             self.writer.write(step, **values)
 
-    def _show(self, step: int, values: dict[str, float]) -> None:
-        loss, rate = values["loss"], values["tokens_per_second"]
-        speed = "" if rate is None else f", {rate:,.0f} tokens/s"
+    def _show(self, step: int, loss: float) -> None:
+        speed = "" if self.rate is None else f", {self.rate:,.0f} tokens/s"
         if not self.bar.disable:
             self.bar.set_postfix_str(f"loss {loss:.3f}{speed}", refresh=False)
-        elif self.writer and step % max(1, self.config.training.steps // 20) == 0:
+        elif self.writer and (
+            self.lines.due or step in (self.first + 1, self.config.training.steps)
+        ):
+            self.lines.written()
             print(f"step {step}: loss {loss:.4f}{speed}", file=sys.stderr, flush=True)

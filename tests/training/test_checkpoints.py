@@ -19,7 +19,8 @@ from repo_jax.config import MeshConfig
 from repo_jax.errors import ConfigError, MissingPackageError, TrainingError
 from repo_jax.sharding import make_mesh, sharding
 from repo_jax.training import lock
-from repo_jax.training.checkpoints import Checkpoints, _checksums, checkpoint_folder
+from repo_jax.training.checkpoint_files import checkpoint_folder
+from repo_jax.training.checkpoints import Checkpoints, _checksums
 from repo_jax.training.step import TrainState
 from tests.tiny_runs import (
     TrainProcess,

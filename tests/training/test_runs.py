@@ -344,6 +344,18 @@ def test_other_options_may_change_and_the_rate_stays_zero(workspace, undisturbed
     assert run_directory.read_config(run_dir).training.accumulation == 2
 
 
+def test_a_log_has_a_line_for_each_half_minute(
+    workspace, undisturbed, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    # As if steps took that long. metrics.jsonl has but the first and the last of them.
+    monkeypatch.setattr("repo_jax.progress._SECONDS_BETWEEN_LINES", 0.0)
+    train_here(workspace, tmp_path / "run", *LONGER, "--training.log_every", "100")
+    lines = capsys.readouterr().err.splitlines()
+    steps = [int(found[1]) for line in lines if (found := re.match(r"step (\d+): loss \d", line))]
+    assert steps == [STEPS + 1, STEPS + 2, STEPS + 3]
+
+
 def test_an_interrupted_validation_is_made_up_for_once(workspace, tmp_path, monkeypatch, capsys):
     run_dir, score_whole, calls = tmp_path / "interrupted", loop.score, []
 
