@@ -22,6 +22,8 @@ def init_weights(std: float, axes: tuple[str | None, ...] | None):
 def contract(x, gate, kernel, n: int, out_dtype=None, precision=None, axes=None):
     """x [..., *in] times kernel [*in, *out], over the n axes of in; silu(gate) * x if gated.
 
+    kernel may be a tuple: one product with all, side by side on the last axis.
+
     Its VJP keeps the kernel as it is stored, not cast to x's dtype, and the factors of the
     gated x, not the product: under a scan over layers, what is kept is stacked. The kernel's
     gradient comes in the kernel's own dtype, and as x^T dy; JAX's own rule forms (dy^T x)^T.
@@ -35,7 +37,11 @@ def contract(x, gate, kernel, n: int, out_dtype=None, precision=None, axes=None)
     x = x if gate is None else swiglu.fun(gate, x)
     inner = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
     options = dict(preferred_element_type=out_dtype, precision=precision)
-    return jax.lax.dot_general(x, kernel.astype(x.dtype), (inner, ((), ())), **options)
+    return jax.lax.dot_general(x, _one(kernel).astype(x.dtype), (inner, ((), ())), **options)
+
+
+def _one(kernel):
+    return jnp.concatenate(kernel, -1) if isinstance(kernel, tuple) else kernel
 
 
 def _contract_fwd(x, gate, kernel, n, out_dtype, precision, axes):
@@ -44,7 +50,8 @@ def _contract_fwd(x, gate, kernel, n, out_dtype, precision, axes):
 
 def _contract_bwd(n, out_dtype, precision, axes, residuals, dy):
     del out_dtype
-    up, gate, kernel = residuals
+    up, gate, kernels = residuals
+    kernel = _one(kernels)
     x = up if gate is None else swiglu.fun(gate, up)
     dy = dy.astype(x.dtype)
     batch = tuple(range(x.ndim - n))
@@ -52,6 +59,8 @@ def _contract_bwd(n, out_dtype, precision, axes, residuals, dy):
     dims = (outputs, ((), ()))
     dx = jax.lax.dot_general(dy, kernel.astype(x.dtype), dims, precision=precision)
     d_kernel = _kernel_gradient(x, dy, kernel, n, precision, axes)
+    if isinstance(kernels, tuple):
+        d_kernel = tuple(jnp.split(d_kernel, len(kernels), -1))
     d_gate, d_up = (None, dx) if gate is None else _swiglu_bwd((gate, up), dx)
     return d_up, d_gate, d_kernel
 
@@ -115,11 +124,14 @@ class Linear(nn.Module):
     precision: Any = None
 
     @nn.compact
+    def kernel(self, shape: tuple[int, ...]) -> jax.Array:
+        """The parameter for inputs of this shape, for who contracts several at once."""
+        init = init_weights(self.init_std, self.axes)
+        return self.param("kernel", init, (*shape, *self.features), jnp.dtype(self.param_dtype))
+
     def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
         """x [..., *in] -> [..., *features]; with `gate`, of x's shape, maps silu(gate) * x."""
-        shape = (*x.shape[x.ndim - self.inputs :], *self.features)
-        init = init_weights(self.init_std, self.axes)
-        kernel = self.param("kernel", init, shape, jnp.dtype(self.param_dtype))
+        kernel = self.kernel(x.shape[x.ndim - self.inputs :])
         x, gate = jax.tree.map(lambda a: a.astype(self.dtype or x.dtype), (x, gate))
         return contract(*(x, gate, kernel, self.inputs, self.out_dtype, self.precision, self.axes))
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from repo_jax.modeling.layers import Linear
+from repo_jax.modeling.layers import Linear, contract
 
 
 class ContextRePositioning(nn.Module):
@@ -54,7 +54,13 @@ class ContextRePositioning(nn.Module):
         exact = dict(dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)
         if self.f_phi == "linear":
             return to(self.columns, "DC", "linear_map", **exact)(h)
-        width = self.d_position or max(1, h.shape[-1] // 8)
-        gate = to(width, "DP", "gate_map", self.dtype)(h)
-        content = to(width, "DP", "content_map", self.dtype)(h)
+        D = h.shape[-1]
+        width = self.d_position or max(1, D // 8)
+        maps = [to(width, "DP", name, self.dtype) for name in ("gate_map", "content_map")]
+        if h.size < D * D:  # fewer than D tokens, as in decoding
+            gate, content = (to_width(h) for to_width in maps)
+        else:  # in one product, which is less narrow; of more tokens than the copied kernels have
+            kernels = tuple(to_width.kernel((D,)) for to_width in maps)
+            x = h.astype(self.dtype or h.dtype)
+            gate, content = jnp.split(contract(x, None, kernels, 1, axes=maps[0].axes), 2, -1)
         return to(self.columns, "PC", "final_map", **exact)(content, gate)

@@ -18,7 +18,11 @@ COMPILER_OPTIONS = {
     # Else products with gathered weights are cut along the contracted axis into as many steps
     # as there are devices, too small for the matrix units (docs/8-planning.md); without, the
     # gathers run beside other work.
-    "tpu": {"xla_tpu_enable_windowed_einsum_for_all_gather": False},
+    #
+    # libtpu 0.0.42 can crash where it packs buffers into VMEM anew, which it did for OLMo-2 1B
+    # with RePo on 8 v6e chips. Programs that compile either way are the same by the compiler's
+    # own counts.
+    "tpu": {"xla_tpu_enable_windowed_einsum_for_all_gather": False, "xla_msa_max_repacks": 0},
     # Transfers begin as early as they can.
     "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
 }

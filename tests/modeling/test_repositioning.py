@@ -14,18 +14,30 @@ from repo_jax.modeling.rope import rotary_frequencies
 H = jax.random.normal(jax.random.key(0), (2, 5, 32))
 
 
-def test_equations_4_and_5():
+@pytest.mark.parametrize("tokens", [5, 40])  # fewer and more than the width, 32
+def test_equations_4_and_5(tokens):
+    h = jax.random.normal(jax.random.key(0), (2, tokens, 32))
     module = ContextRePositioning(columns=4, init_std=0.5)
-    params = nn.unbox(module.init(jax.random.key(1), H)["params"])
-    z = module.apply({"params": params}, H)
-    g, c, w = (
-        np.asarray(params[n]["kernel"], np.float64)
-        for n in ("gate_map", "content_map", "final_map")
+    params = nn.unbox(module.init(jax.random.key(1), h)["params"])
+    assert params["gate_map"]["kernel"].shape == params["content_map"]["kernel"].shape == (32, 4)
+
+    def written_out(params, h):
+        g, c, w = (params[n]["kernel"] for n in ("gate_map", "content_map", "final_map"))
+        gate = h @ g
+        return (gate / (1 + jnp.exp(-gate)) * (h @ c)) @ w
+
+    z = module.apply({"params": params}, h)
+    d_z = jax.random.normal(jax.random.key(2), z.shape)
+    grads = jax.vjp(lambda p, h: module.apply({"params": p}, h), params, h)[1](d_z)
+    with jax.enable_x64():
+        exact = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (params, h))
+        expected, vjp = jax.vjp(written_out, *exact)
+        expected_grads = vjp(d_z.astype(jnp.float64))
+    np.testing.assert_allclose(z, expected, atol=1e-5)
+    jax.tree.map(
+        lambda g, e: np.testing.assert_allclose(g, e, atol=1e-5 * np.abs(np.asarray(e)).max()),
+        *(grads, expected_grads),
     )
-    assert g.shape == c.shape == (32, 4)
-    h = np.asarray(H, np.float64)
-    gate = h @ g
-    np.testing.assert_allclose(z, (gate / (1 + np.exp(-gate)) * (h @ c)) @ w, atol=1e-5)
 
 
 def test_linear():
