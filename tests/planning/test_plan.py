@@ -124,6 +124,14 @@ def test_no_file_is_overwritten(tmp_path):
     assert f"--json: {file} is no folder" in run.stderr
 
 
+@needs_libtpu
+def test_the_recipe_of_1b_compiles_and_fits_on_eight_chips():
+    # libtpu 0.0.42 crashes here without an option of training.program.COMPILER_OPTIONS.
+    run = run_plan("--config", "configs/olmo2_1b_repo.yaml", "--topology", "v6e:2x4")
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]
+    assert "fits" in run.stdout
+
+
 def refused(parameters: float, *, mesh=None, remat="attention", accumulation=1, **memory) -> Plan:
     """A plan of 64 rows a step, that needs 20 GiB of 16."""
     model = DecoderConfig(*(64, 32, 2, 2, 64), positions=PositionConfig(preset="rope"), remat=remat)
