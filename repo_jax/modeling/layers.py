@@ -22,7 +22,8 @@ def init_weights(std: float, axes: tuple[str | None, ...] | None):
 def contract(x, gate, kernel, n: int, out_dtype=None, precision=None, axes=None):
     """x [..., *in] times kernel [*in, *out], over the n axes of in; silu(gate) * x if gated.
 
-    kernel may be a tuple: one product with all, side by side on the last axis.
+    kernel may be a tuple of some of one shape: one product, results side by side on the last
+    axis.
 
     Its VJP keeps the kernel as it is stored, not cast to x's dtype, and the factors of the
     gated x, not the product: under a scan over layers, what is kept is stacked. The kernel's
@@ -37,10 +38,10 @@ def contract(x, gate, kernel, n: int, out_dtype=None, precision=None, axes=None)
     x = x if gate is None else swiglu.fun(gate, x)
     inner = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
     options = dict(preferred_element_type=out_dtype, precision=precision)
-    return jax.lax.dot_general(x, _one(kernel).astype(x.dtype), (inner, ((), ())), **options)
+    return jax.lax.dot_general(x, _joined(kernel).astype(x.dtype), (inner, ((), ())), **options)
 
 
-def _one(kernel):
+def _joined(kernel):
     return jnp.concatenate(kernel, -1) if isinstance(kernel, tuple) else kernel
 
 
@@ -51,7 +52,7 @@ def _contract_fwd(x, gate, kernel, n, out_dtype, precision, axes):
 def _contract_bwd(n, out_dtype, precision, axes, residuals, dy):
     del out_dtype
     up, gate, kernels = residuals
-    kernel = _one(kernels)
+    kernel = _joined(kernels)
     x = up if gate is None else swiglu.fun(gate, up)
     dy = dy.astype(x.dtype)
     batch = tuple(range(x.ndim - n))

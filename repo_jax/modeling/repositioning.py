@@ -57,9 +57,11 @@ class ContextRePositioning(nn.Module):
         D = h.shape[-1]
         width = self.d_position or max(1, D // 8)
         maps = [to(width, "DP", name, self.dtype) for name in ("gate_map", "content_map")]
-        if h.size < D * D:  # fewer than D tokens, as in decoding
+        # One product of twice the width reads h once, but joining the kernels copies them: not
+        # for fewer than D tokens, as in decoding, where reading weights is most of the work.
+        if h.size < D * D:
             gate, content = (to_width(h) for to_width in maps)
-        else:  # in one product, which is less narrow; of more tokens than the copied kernels have
+        else:
             kernels = tuple(to_width.kernel((D,)) for to_width in maps)
             x = h.astype(self.dtype or h.dtype)
             gate, content = jnp.split(contract(x, None, kernels, 1, axes=maps[0].axes), 2, -1)
