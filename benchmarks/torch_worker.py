@@ -98,7 +98,10 @@ def attention(setup: dict):
 
 
 def decode(setup: dict):
-    """`generate` of transformers' Olmo2ForCausalLM, greedy, with its cache; tasks `B 1`, `B 8`."""
+    """`generate` of transformers' Olmo2ForCausalLM, greedy, with its cache.
+
+    Tasks `B 1, 64 new` for each batch and each number of new tokens.
+    """
     import torch
     import transformers
 
@@ -113,7 +116,7 @@ def decode(setup: dict):
     model = transformers.Olmo2ForCausalLM(config).float().eval()
     counts = set()
 
-    def task(tokens):
+    def task(tokens, new_tokens):
         tokens = torch.tensor(tokens)
 
         @torch.inference_mode()
@@ -121,7 +124,7 @@ def decode(setup: dict):
             out = model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
-                max_new_tokens=setup["new_tokens"],
+                max_new_tokens=new_tokens,
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=0,
@@ -130,7 +133,11 @@ def decode(setup: dict):
 
         return run
 
-    tasks = {f"B {len(tokens)}": task(tokens) for tokens in setup["prompts"]}
+    tasks = {
+        f"B {len(tokens)}, {n} new": task(tokens, n)
+        for tokens in setup["prompts"]
+        for n in setup["new_tokens"]
+    }
     for run in tasks.values():
         run()
     facts = {

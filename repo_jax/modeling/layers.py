@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
 from repo_jax.config import DecoderConfig
 from repo_jax.sharding import TokenSplit, parts, split_axes
 
@@ -36,9 +37,31 @@ def contract(x, gate, kernel, n: int, out_dtype=None, precision=None, axes=None)
       gradient where the parts of the kernel are.
     """
     x = x if gate is None else swiglu.fun(gate, x)
-    inner = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+    kernel = _joined(kernel).astype(x.dtype)
     options = dict(preferred_element_type=out_dtype, precision=precision)
-    return jax.lax.dot_general(x, _joined(kernel).astype(x.dtype), (inner, ((), ())), **options)
+    if _is_one_row_on_cpu(x, n):
+        return _one_row(x, kernel, n, options)
+    inner = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+    return jax.lax.dot_general(x, kernel, (inner, ((), ())), **options)
+
+
+def _is_one_row_on_cpu(x, n: int) -> bool:
+    one = x.size == math.prod(x.shape[x.ndim - n :]) and x.shape[x.ndim - n] % 2 == 0
+    alone = jax.sharding.get_abstract_mesh().empty and dispatch.target()[0] == "cpu"
+    return one and alone and x.dtype == jnp.float32
+
+
+def _one_row(x, kernel, n: int, options):
+    """One row times a kernel, as two halves of the sum.
+
+    Decoding waits for weights to come from memory, and one core does not draw all that the
+    memory gives. XLA for CPUs does not spread a small product of one row over cores, but does
+    the products of a batch.
+    """
+    x_21I = x.reshape(2, 1, -1)
+    kernel_2IO = kernel.reshape(2, x_21I.shape[2], -1)
+    halves = jax.lax.dot_general(x_21I, kernel_2IO, (((2,), (1,)), ((0,), (0,))), **options)
+    return halves.sum(0).reshape(*x.shape[: x.ndim - n], *kernel.shape[n:])
 
 
 def _joined(kernel):
