@@ -106,8 +106,8 @@ _gather.defvjp(lambda x, axes: (_gather(x, axes), None), _gather_bwd)
 
 def rotary_attention(
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_BSKH: jax.Array | tuple[jax.Array, ...],
+    v_BSKH: jax.Array | tuple[jax.Array, ...],
     positions_q: jax.Array | None,
     positions_k: jax.Array | None,
     *,
@@ -134,6 +134,8 @@ def rotary_attention(
     Args:
       q_BTNH: [B, T, N, H].
       k_BSKH, v_BSKH: [B, S, K, H], K dividing N; query heads n*N/K .. share key/value head n.
+        Or two tuples of parts along S, alike: in a decoding step (T = 1) of rotated keys those
+        that nothing sees are not read; elsewhere they are put together.
       positions_q: float32 [B, T, P], P = 1, K or N (any divisor of N), or None for no
         rotation.
       positions_k: float32 [B, S, P], P = 1, K or N. With N columns and K < N, keys are
@@ -168,6 +170,13 @@ def rotary_attention(
         unknown implementation.
       NotImplementedError: the implementation that was named cannot do this, or none can.
     """
+    parts = None
+    if isinstance(k_BSKH, tuple):
+        if [k.shape for k in k_BSKH] != [v.shape for v in v_BSKH]:
+            raise ValueError("k and v have different parts")
+        one_by_one = q_BTNH.shape[1] == 1 and positions_q is None and partition is None
+        parts = (k_BSKH, v_BSKH) if one_by_one else None
+        k_BSKH, v_BSKH = (jnp.concatenate(x, axis=1) for x in (k_BSKH, v_BSKH))
     arrays = dict(
         q_index=q_index,
         kv_index=kv_index,
@@ -221,6 +230,8 @@ def rotary_attention(
             marks = marks | {"q_index": marks["q_index"][None]}
         B, T = q.shape[:2]
         mask = masks.build((B, T, S), causal=causal, **marks)
+        if parts is not None and implementation in (None, "xla"):
+            k, v = parts
         call = lambda module: importlib.import_module(module).attend(q, k, v, mask, scale=scale)
         # A decoding step uses each key once: a kernel has nothing to gain from keeping blocks.
         order = ("xla",) if T == 1 else automatic()

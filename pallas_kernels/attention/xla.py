@@ -18,6 +18,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import dispatch
@@ -324,22 +325,36 @@ def _block(length: int, most: int, window: int) -> int:
     return -(-length // (8 * n)) * 8
 
 
-def _attend_one(q_B1NH, k_BSKH, v_BSKH, mask, scale):
-    """`attend` for one query a row, as in decoding: the keys once, and nothing in blocks."""
-    B, _, K, H = k_BSKH.shape
+def _attend_one(q_B1NH, keys, values, mask, scale):
+    """`attend` for one query a row, as in decoding: the keys once, and nothing in blocks.
+
+    keys, values: tuples of parts [B, S_i, K, H]; a part that nothing sees is not read.
+    """
+    B, _, K, H = keys[0].shape
     flat = lambda x_BSKH: x_BSKH.swapaxes(1, 2).reshape(B * K, -1, H)
-    product = functools.partial(jnp.einsum, "RGH,RSH->RGS")
-    s_RGS = _dot(q_B1NH.reshape(B * K, -1, H), flat(k_BSKH), product) * scale
     visible = mask["index"] <= mask["limit"]
     if "q_segment" in mask:
         visible &= mask["q_segment"] == mask["kv_segment"]
     visible = jnp.broadcast_to(visible, (B, visible.shape[1]))
+    ends = np.cumsum([k.shape[1] for k in keys])[:-1].tolist()
+    seen = [part.any() for part in jnp.split(visible, ends, axis=1)]
+
+    def of_part(live, product, a, b):
+        zeros = lambda a, b: jnp.zeros_like(jax.eval_shape(product, a, b))
+        return jax.lax.cond(live, product, zeros, a, b) if ends else product(a, b)
+
+    product = functools.partial(_dot, product=functools.partial(jnp.einsum, "RGH,RSH->RGS"))
+    q_RGH = q_B1NH.reshape(B * K, -1, H)
+    scores = [of_part(live, product, q_RGH, flat(k)) for live, k in zip(seen, keys, strict=True)]
+    s_RGS = jnp.concatenate(scores, -1) * scale
     s_RGS = jnp.where(jnp.repeat(visible, K, axis=0)[:, None], s_RGS, -jnp.inf)
     m = jax.lax.stop_gradient(_finite(s_RGS.max(-1, keepdims=True)))
     p = jnp.exp(s_RGS - m)
     sees = (l := p.sum(-1, keepdims=True)) > 0
     l = jnp.where(sees, l, 1.0)
-    out = _dot((p / l).astype(v_BSKH.dtype), flat(v_BSKH))
+    weights = jnp.split((p / l).astype(values[0].dtype), ends, axis=-1)
+    parts = zip(seen, weights, values, strict=True)
+    out = sum(of_part(live, _dot, w, flat(v)) for live, w, v in parts)
     lse = jnp.where(sees, m + jnp.log(l), -jnp.inf)
     return out.astype(q_B1NH.dtype).reshape(q_B1NH.shape), lse.reshape(B, -1, 1)
 
@@ -348,7 +363,8 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, blocks: BlockSizes | None = N
     """softmax(scale q k^T) v under `mask`, and its logsumexp.
 
     Args:
-      q_BTNH, k_BSKH, v_BSKH: [B, T, N, H], [B, S, K, H], [B, S, K, H], any lengths.
+      q_BTNH, k_BSKH, v_BSKH: [B, T, N, H], [B, S, K, H], [B, S, K, H], any lengths; keys and
+        values may be tuples of parts along S.
       mask: as `masks.build` makes it.
       scale: factor on the scores.
       blocks: upper bounds on the block sizes; None: the defaults.
@@ -357,10 +373,12 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask, *, scale, blocks: BlockSizes | None = N
       out [B, T, N, H] in q's dtype and lse float32 [B, N, T]; zeros and -inf for queries
       that see nothing. Differentiable in q, k, v, by either output.
     """
-    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    keys, values = (x if isinstance(x, tuple) else (x,) for x in (k_BSKH, v_BSKH))
+    T, S = q_BTNH.shape[1], sum(k.shape[1] for k in keys)
     if T == 1 and blocks is None:
         arrays = mask.arrays(T, S) if isinstance(mask, masks.Default) else mask
-        return _attend_one(q_BTNH, k_BSKH, v_BSKH, arrays, scale)
+        return _attend_one(q_BTNH, keys, values, arrays, scale)
+    k_BSKH, v_BSKH = (jnp.concatenate(x, axis=1) for x in (keys, values))
     most = blocks or default_blocks()
     if T == S:  # as many stairs as a tile may have: what lies above them is not computed
         stair = max(64, -(-T // most.window))

@@ -133,7 +133,7 @@ def _prefill(
         rows = jnp.arange(B)[:, None]
         seen = jnp.zeros((B, config.vocab_size), bool).at[rows, tokens_BS].max(own)
     state = _State(
-        cache=cache,
+        cache=cache if "cope" in config.kinds else cache.in_parts(),
         token=jnp.zeros(B, jnp.int32),
         log_prob=jnp.zeros(B),
         index=lengths_B - 1,

@@ -126,9 +126,17 @@ def draw(logits_BV, keys_B, seen_BV, numbers, kind: Kind):
         one = functools.partial(_draw_one, numbers=numbers, filters=kind.filters)
         tokens_B = jax.vmap(one)(chosen_BV / numbers["temperature"], keys_B)
     else:
-        tokens_B = chosen_BV.argmax(-1)
+        tokens_B = _first_of_most(chosen_BV)
     at = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=1)[:, 0]
     return tokens_B.astype(jnp.int32), at - jax.nn.logsumexp(logits_BV, axis=-1)
+
+
+def _first_of_most(x_BV):
+    """argmax along V, as two plain reductions: XLA for CPUs does these in vectors, and an argmax,
+    which reduces pairs, one by one."""
+    V = x_BV.shape[1]
+    at_most_BV = x_BV == x_BV.max(-1, keepdims=True)
+    return jnp.where(at_most_BV, jnp.arange(V)[None], V - 1).min(-1)
 
 
 def _draw_one(logits_V, key, *, numbers, filters: bool):

@@ -112,6 +112,8 @@ class Attention(nn.Module):
                 *("position_kernel", init_weights(c.position_init_std, (None, "position"))),
                 *((c.head_dim, c.positions.cope_positions), jnp.dtype(c.param_dtype)),
             )
+            if self.has_variable("cache", "layer"):
+                k_BTKH, v_BTKH = (jnp.concatenate(x, axis=1) for x in (k_BTKH, v_BTKH))
             attend = lambda v_BTKH: cope_attention(
                 *(q_BTNH, k_BTKH, v_BTKH, position_kernel), scale=c.head_dim**-0.5, **visible
             )
