@@ -328,7 +328,7 @@ def _block(length: int, most: int, window: int) -> int:
 def _attend_one(q_B1NH, keys, values, mask, scale):
     """`attend` for one query a row, as in decoding: the keys once, and nothing in blocks.
 
-    keys, values: tuples of parts [B, S_i, K, H]; a part that nothing sees is not read.
+    keys, values: tuples of parts [B, S_i, K, H]; one that nothing sees is not read, but the first.
     """
     B, _, K, H = keys[0].shape
     flat = lambda x_BSKH: x_BSKH.swapaxes(1, 2).reshape(B * K, -1, H)
@@ -338,10 +338,11 @@ def _attend_one(q_B1NH, keys, values, mask, scale):
     visible = jnp.broadcast_to(visible, (B, visible.shape[1]))
     ends = np.cumsum([k.shape[1] for k in keys])[:-1].tolist()
     seen = [part.any() for part in jnp.split(visible, ends, axis=1)]
+    seen[0] = None  # of no use: something is in the first part
 
     def of_part(live, product, a, b):
         zeros = lambda a, b: jnp.zeros_like(jax.eval_shape(product, a, b))
-        return jax.lax.cond(live, product, zeros, a, b) if ends else product(a, b)
+        return product(a, b) if live is None else jax.lax.cond(live, product, zeros, a, b)
 
     product = functools.partial(_dot, product=functools.partial(jnp.einsum, "RGH,RSH->RGS"))
     q_RGH = q_B1NH.reshape(B * K, -1, H)
