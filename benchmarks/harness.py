@@ -222,9 +222,10 @@ def report(path: Path | None, title: str, lines: list[str], data: dict, args, to
     versions |= {name: importlib.metadata.version(name) for name in packages} | about
     options = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
     others = _used_by_others(options.pop("start"))
-    # Where that Python is on this machine is of no use on another.
+    # Where that Python and the results are on this machine is of no use on another.
     command = shlex.join(["python", *sys.orig_argv[1:]])
     command = command.replace(options.pop("torch_python"), "/path/to/python-with-torch")
+    command = command.replace(f" --results_dir {args.results_dir}", "")
     data = {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": command,

@@ -171,9 +171,10 @@ def rotary_attention(
       NotImplementedError: the implementation that was named cannot do this, or none can.
     """
     parts = None
-    if isinstance(k_BSKH, tuple):
-        if [k.shape for k in k_BSKH] != [v.shape for v in v_BSKH]:
-            raise ValueError("k and v have different parts")
+    if isinstance(k_BSKH, tuple) or isinstance(v_BSKH, tuple):
+        shapes = lambda x: [part.shape for part in x] if isinstance(x, tuple) else x.shape
+        if shapes(k_BSKH) != shapes(v_BSKH):
+            raise ValueError(f"k has parts {shapes(k_BSKH)}, but v {shapes(v_BSKH)}")
         one_by_one = q_BTNH.shape[1] == 1 and positions_q is None and partition is None
         parts = (k_BSKH, v_BSKH) if one_by_one else None
         k_BSKH, v_BSKH = (jnp.concatenate(x, axis=1) for x in (k_BSKH, v_BSKH))

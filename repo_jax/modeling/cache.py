@@ -89,11 +89,12 @@ class Cache:
     filled: jax.Array
 
     def in_parts(self) -> "Cache":
-        """To read on a token at a time, at the cost of the slots that are in use, not of all.
+        """For reading on a token at a time on a CPU: slots in four parts, one after the other.
 
-        More than half of the slots are used in the end, or there would be half as many; of the
-        rest, an eighth more is read at first. On CPUs, where a branch costs next to nothing;
-        elsewhere and under a mesh, the cache as it is.
+        A cache has more slots than tokens, so that few programs are compiled; the parts that are
+        empty are not read. If S is the least power of two that suffices, more than half of the
+        slots are used in the end: S / 2, S / 8, S / 8, S / 4. On other devices, where branches
+        were not timed, and under a mesh: the cache as it is.
         """
 
         def split(x):

@@ -1,6 +1,7 @@
 """Reading with a cache is reading everything again, and cheaper."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from repo_jax.config import DecoderConfig, MeshConfig, PositionConfig, RopeScali
 from repo_jax.inference import Completion, Generator, Sampling
 from repo_jax.inference import generator as generator_module
 from repo_jax.modeling import RePoLM, init_params
+from repo_jax.modeling.cache import empty_cache, extend, split_layers
 
 VOCAB = 64
 SHAPE = dict(vocab_size=VOCAB, d_model=32, n_layers=3, n_heads=4, d_ff=48, init_std=0.25)
@@ -105,6 +107,60 @@ def test_padding_takes_no_slots_from_new_tokens(kind, monkeypatch):
     in_large_chunks = Generator(model, params, chunk=512).slots  # as on accelerators
     assert in_large_chunks(3968, 128) == (8192 if kind == "cope" else 4096)
     assert in_large_chunks(3970, 128) == 8192
+
+
+@pytest.mark.parametrize("kind", ["rope", "repo", "repo-query"])
+def test_parts_of_a_cache_are_the_cache(kind):
+    """Written and read a token at a time, around its end too; what is empty is not read."""
+    model, params = make(kind, n_kv_heads=2, n_layers=2)
+    config, params = model.config, split_layers(model.config, params)
+    tokens = np.array(prompts_of([24, 24]))
+
+    def read(cache, start, n):
+        index = np.broadcast_to(np.arange(start, start + n, dtype=np.int32), (2, n))
+        return extend(config, params, tokens[:, start % 24 :][:, :n], index, cache)
+
+    _, whole = read(empty_cache(config, 2, 16), 0, 8)
+    parts = whole.in_parts()
+    assert [x.shape[1] for x in parts.keys[0]] == [8, 2, 2, 4]
+    for at in range(8, 24):  # slot 0 follows slot 15
+        # A part without a token has nothing that is a number, until one is written there.
+        fill = {first: 0.0 if at == first else jnp.nan for first in (8, 10, 12) if at <= first}
+
+        def empty(layers, fill=fill):
+            at_first = lambda i, x: jnp.full_like(x, fill[i]) if i in fill else x
+            return tuple(tuple(map(at_first, (0, 8, 10, 12), layer)) for layer in layers)
+
+        parts = parts.replace(keys=empty(parts.keys), values=empty(parts.values))
+        found, parts = read(parts, at, 1)
+        wanted, whole = read(whole, at, 1)
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    together = lambda layers: [jnp.concatenate(layer, axis=1) for layer in layers]
+    for layer, (wanted,) in zip(together(parts.keys), whole.keys, strict=True):
+        np.testing.assert_allclose(layer, wanted, atol=1e-5)
+
+
+def test_decoding_copies_no_part_of_the_cache():
+    model, params = make("repo", d_model=64)
+    generator = Generator(model, params)
+    tokens, lengths, n_chunks = generator._lay_out(prompts_of([7, 3]), 20)
+    given = dict(numbers=Sampling().numbers(), eos=np.zeros(0, np.int32), kind=Sampling().kind)
+    prepared = (model.config, generator._params)
+    state = jax.eval_shape(
+        lambda *arrays: generator_module._prefill(
+            *prepared, *arrays, **given, chunk=generator._chunk
+        ),
+        *(tokens, lengths, n_chunks, np.uint32(0), np.zeros((2, 2), np.uint32)),
+    )
+    config = dataclasses.replace(model.config, remat="none")
+    program = generator_module._decode.lower(
+        *(config, generator._params, state, np.int32(9)), **given, window=64
+    )
+    loop = program.compile().as_text().split("ENTRY")[0]
+    parts = {f"f32[{','.join(map(str, x.shape))}]" for x in state.cache.keys[0]}
+    assert len(parts) == 3  # of four, two are alike
+    made = {m for m in re.findall(r"= (f32\[[\d,]+\])\S* (?:copy|slice|transpose)\(", loop)}
+    assert not made & parts
 
 
 def test_rows_that_fill_up_a_batch_change_nothing(monkeypatch):

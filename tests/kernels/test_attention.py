@@ -233,6 +233,52 @@ def test_cache_filled_in_part():
     check(case(4, T=3, S=16), visible, kv_length=length)
 
 
+PARTS = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+
+
+@settings(max_examples=12, deadline=None)
+@given(sizes=PARTS, T=st.sampled_from([1, 3]), rotated=st.booleans(), data=st.data())
+def test_parts_of_keys_are_what_they_are_together(sizes, T, rotated, data):
+    S = sum(sizes)
+    arrays = case(S, T=T, S=S, K=data.draw(st.sampled_from([2, 4])))
+    if rotated:
+        arrays |= dict(positions_q=None, positions_k=None)
+    rng = np.random.default_rng(S)
+    options = dict(kv_index=rng.permutation(S)[None].repeat(2, 0).astype(np.int32))
+    options |= dict(q_index=rng.integers(-1, S, (2, T)).astype(np.int32))
+
+    def split(x):
+        return tuple(jnp.split(x, np.cumsum(sizes)[:-1].tolist(), axis=1))
+
+    def gradients(cut):
+        def loss(q, k, v):
+            given = arrays | dict(q_BTNH=q, k_BSKH=cut(k), v_BSKH=cut(v))
+            out, lse = rotary_attention(**given, **options, inv_freq=INV_FREQ, return_lse=True)
+            lse = jnp.where(lse == -jnp.inf, 0.0, lse)  # rows that see nothing
+            return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum() + lse.sum(), out
+
+        given = (arrays[name] for name in ("q_BTNH", "k_BSKH", "v_BSKH"))
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*given)
+
+    for found, wanted in zip(
+        *map(jax.tree.leaves, map(gradients, (split, lambda x: x))), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_does_not_read_parts_that_nothing_sees():
+    """If it did, 0 times what is not a number would show."""
+    arrays = case(0, T=1, S=12) | dict(positions_q=None, positions_k=None)
+    names = ("k_BSKH", "v_BSKH")
+    parts = {name: tuple(jnp.split(arrays[name], [4, 8], axis=1)) for name in names}
+    nothing = {name: (x[0], x[1], jnp.full_like(x[2], jnp.nan)) for name, x in parts.items()}
+    options = dict(kv_length=jnp.array([3, 7]), inv_freq=INV_FREQ)
+    found = rotary_attention(**arrays | nothing, **options)
+    np.testing.assert_allclose(found, rotary_attention(**arrays, **options), atol=1e-6)
+    seen = dict(options, kv_length=jnp.array([3, 9]))
+    assert np.isnan(rotary_attention(**arrays | nothing, **seen)[1]).any()
+
+
 def test_queries_that_see_nothing_are_zero_and_give_no_gradient():
     arrays = case(5)
     ids = jnp.zeros((2, 19), jnp.int32).at[:, :4].set(1)
@@ -366,6 +412,7 @@ def test_on_accelerators_rows_and_heads_are_not_taken_one_after_the_other(docume
         (dict(q_index=jnp.zeros((2, 19))), "q_index has dtype float32"),
         (dict(kv_length=jnp.zeros((3,), jnp.int32)), r"kv_length has shape \(3,\)"),
         (dict(q_segment_ids=jnp.zeros((2, 19), jnp.int32)), "kv_segment_ids must both be given"),
+        (dict(v_BSKH=(jnp.zeros((2, 19, 2, H)),)), r"k has parts \(2, 19, 2, 8\), but v \[\(2, 19"),
     ],
 )
 def test_mistakes_are_named(change, message):
