@@ -83,7 +83,7 @@ def _ruler(length: int) -> Group:
 
 # The seven of upstream's script. Qualities are F1, and ROUGE-L for the two summaries.
 _LONGBENCH = tuple(
-    SuiteTask(f"longbench_{name}", "score", 0)
+    SuiteTask(f"long_{name}", "score", 0)
     for name in (
         *("2wikimqa", "musique", "multifieldqa_en", "narrativeqa", "gov_report", "qmsum"),
         "triviaqa",

@@ -69,7 +69,10 @@ def _no_data(manager: TaskManager, name: str, data_dir: str | None, error: Excep
     place = data_dir or "DATA_DIR"
     first, _, kind = name.partition("_")
     files, hub = {
-        "nlgraph": (f"nlgraph/{kind}.json of github.com/Arthur-Heng/NLGraph", "huayangli/nlgraph"),
+        "nlgraph": (
+            f"NLGraph/{kind}/main.json of github.com/Arthur-Heng/NLGraph",
+            "huayangli/nlgraph",
+        ),
         "hybridqa": (
             "hybridqa/dev.traced.json of github.com/wenhuchen/HybridQA and hybridqa/tables_tok/ of "
             "github.com/wenhuchen/WikiTables-WithLinks",

@@ -1,17 +1,23 @@
-"""The suites' tasks that are lm-eval's, on rows in the published schemas.
+"""The suites' tasks on data sets of the hub, on rows in the published schemas.
 
 The model's answers are chosen; the scores they are to have were worked out by hand.
 """
 
 import json
+from pathlib import Path
 
+import lm_eval.tasks
 import pytest
 import yaml
 from datasets import Dataset
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
+from repo_jax.errors import ConfigError
 from repo_jax.evaluation import command
 from repo_jax.evaluation.harness import model as harness
-from repo_jax.evaluation.harness.suites import SUITES
+from repo_jax.evaluation.harness.suites import SUITES, TASKS_DIR
+from repo_jax.evaluation.harness.task_loading import load_tasks
 from repo_jax.evaluation.harness.tasks import coqa as coqa_task
 from repo_jax.inference.generator import Completion
 from tests.tiny_runs import make_run, parse, write_config
@@ -117,29 +123,41 @@ def mmlu_pro(category, question, answer):
 
 
 def triviaqa(question, *aliases):
+    """As in the configurations without a context, whose lists of pages are empty."""
+    pages = ("doc_source", "filename", "title", "wiki_context")
+    found = ("description", "filename", "rank", "title", "url", "search_context")
     return {
         "question": question,
         "question_id": question,
         "question_source": "http://www.example.com/",
+        "entity_pages": {name: [] for name in pages},
+        "search_results": {name: [] for name in found},
         "answer": {
             "aliases": [*aliases],
             "normalized_aliases": [alias.lower() for alias in aliases],
+            "matched_wiki_entity_name": "",
+            "normalized_matched_wiki_entity_name": "",
+            "normalized_value": aliases[0].lower(),
             "type": "WikipediaEntity",
             "value": aliases[0],
         },
     }
 
 
-def longbench(name, question, context, *answers):
+def longbench(name, context, question, answer_prefix, *answers):
+    """As in the hub's Xnhyacinth/LongBench: THUDM's rows with the instruction in the context."""
     return {
         "question": question,
         "context": context,
         "answers": [*answers],
-        "length": len(context),
+        "length": len(context.split()),
         "dataset": name,
         "language": "en",
-        "all_classes": [""],
-        "_id": question,
+        "all_classes": None,
+        "_id": name,
+        "answer_prefix": answer_prefix,
+        "task": name,
+        "max_new_tokens": 52,
     }
 
 
@@ -147,7 +165,7 @@ SUBJECTS = (
     *("biology", "business", "chemistry", "computer science", "economics", "engineering"),
     *("health", "history", "law", "math", "other", "philosophy", "physics", "psychology"),
 )
-# One more than are shown, as lm-eval asks for.
+# One more than are shown, as lm-eval asks for where it draws them; MMLU-Pro's are five.
 TRAIN = range(6)
 ARC_SHOTS = [arc(f"Shot {i}?", ["one", "two"], "B") for i in TRAIN]
 DROP_DATE = {"day": "3", "month": "May", "year": "1999"}
@@ -211,17 +229,17 @@ GENERAL = {
     },
     "TIGER-Lab/MMLU-Pro": {
         "default": {
-            "validation": [mmlu_pro(s, f"{s} shot {i}?", "C") for s in SUBJECTS for i in TRAIN],
+            "validation": [mmlu_pro(s, f"{s} shot {i}?", "C") for s in SUBJECTS for i in range(5)],
             "test": [mmlu_pro(s, f"In {s}?", "B" if s == "math" else "A") for s in SUBJECTS],
         }
     },
     "mandarjoshi/trivia_qa": {
         "rc.nocontext": {
-            "train": [triviaqa(f"Shot {i}", f"Answer {i}", "none") for i in TRAIN],
+            "train": [triviaqa(f"Shot {i}?", f"Answer {i}", "none") for i in TRAIN],
             "validation": [
-                triviaqa("Which kingdom", "UK", "United Kingdom"),
-                triviaqa("What shines", "Moon", "The Moon"),
-                triviaqa("What is nearest", "Luna", "Moon"),
+                triviaqa("Which kingdom?", "UK", "United Kingdom"),
+                triviaqa("What shines?", "Moon", "The Moon"),
+                triviaqa("What is nearest?", "Luna", "Moon"),
             ],
         }
     },
@@ -251,17 +269,63 @@ GENERAL_ANSWERS = {
     "In math?": " Hm. The answer is (B). Question: The answer is (A).",
     "In law?": " It is A.",
 }
+PASSAGES = (
+    "Answer the question based on the given passages. Only give me the answer and do not output "
+    "any other words.\n\nThe following are given passages.\n{}\n\nAnswer the question based on "
+    "the given passages. Only give me the answer and do not output any other words.\n\n"
+)
+STORY = (
+    "You are given a story, which can be either a novel or a movie script, and a question. Answer "
+    "the question asconcisely as you can, using a single phrase if possible. Do not provide any "
+    "explanation.\n\nStory: {}\n\nNow, answer the question based on the story asconcisely as you "
+    "can, using a single phrase if possible. Do not provide any explanation.\n\n"
+)
+TEXT = (
+    "Read the following text and answer briefly.\n\n{}\n\nNow, answer the following question based "
+    "on the above text, only give me the answer and do not output any other words.\n\n"
+)
+REPORT = (
+    "You are given a report by a government agency. Write a one-page summary of the report.\n\n"
+    "Report:\n{}\n\n"
+)
+MEETING = (
+    "You are given a meeting transcript and a query containing a question or instruction. Answer "
+    "the query in one or more sentences.\n\nTranscript:\n{}\n\nNow, answer the query based on the "
+    "above meeting transcript in one or more sentences.\n\n"
+)
+EXAMPLES = (
+    "Answer the question based on the given passage. Only give me the answer and do not output any "
+    "other words. The following are some examples.\n\n{}\n\n"
+)
+# Context, question, how the answer begins, and answers.
 LONG = {
-    "2wikimqa": [longbench("2wikimqa", "Who found it?", "It was found.", "Marie Curie")],
-    "musique": [longbench("musique", "Which year?", "A year.", "1867", "the year 1867")],
-    "multifieldqa_en": [longbench("multifieldqa_en", "What is it?", "It is.", "a thing")],
-    "narrativeqa": [longbench("narrativeqa", "What floats?", "A boat.", "a red boat", "boat")],
-    "gov_report": [longbench("gov_report", "", "Cats ran.", "dogs chase small cats")],
-    "qmsum": [longbench("qmsum", "What was said?", "A: B.", "we meet on monday at noon")],
-    "triviaqa": [
-        longbench("triviaqa", "Question: Capital?\nAnswer:", "Shots.", "Paris", "Lutetia")
-    ],
+    "2wikimqa": (
+        PASSAGES.format("It was found."),
+        *("Question: Who found it?\n", "Answer:", "Marie Curie"),
+    ),
+    "musique": (
+        PASSAGES.format("A year."),
+        *("Question: Which year?\n", "Answer:", "1867", "the year 1867"),
+    ),
+    "multifieldqa_en": (TEXT.format("It is."), "Question: What is it?\n", "Answer:", "a thing"),
+    "narrativeqa": (
+        STORY.format("A boat."),
+        *("Question: What floats?\n\n", "Answer:", "a red boat", "boat"),
+    ),
+    "gov_report": (
+        REPORT.format("Cats ran."),
+        *("Now, write a one-page summary of the report.\n\n", "Summary:", "dogs chase small cats"),
+    ),
+    "qmsum": (
+        MEETING.format("A: B."),
+        *("Query: What was said?\n", "Answer:", "we meet on monday at noon"),
+    ),
+    "triviaqa": (
+        EXAMPLES.format("Passage:\nIt is.\nQuestion:\nIs it?\nAnswer:\nYes"),
+        *("Passage:\nOn it.\nQuestion:\nCapital?\n", "Answer:", "Paris", "Lutetia"),
+    ),
 }
+LONG_ROWS = {name: longbench(name, *parts) for name, parts in LONG.items()}
 LONG_ANSWERS = {
     "Who found it?": " Marie Sklodowska Curie",
     "Which year?": " The year 1867.",
@@ -270,6 +334,16 @@ LONG_ANSWERS = {
     "write a one-page summary": " dogs chase cats",
     "What was said?": " on monday at noon we meet",
     "Capital?": " Paris\nPassage: Rome is a city.",
+}
+# LongBench's own prompts, of which two are written out.
+LONG_PROMPTS = {
+    "qmsum": "You are given a meeting transcript and a query containing a question or "
+    "instruction. Answer the query in one or more sentences.\n\nTranscript:\nA: B.\n\nNow, answer "
+    "the query based on the above meeting transcript in one or more sentences.\n\nQuery: What was "
+    "said?\nAnswer:",
+    "triviaqa": "Answer the question based on the given passage. Only give me the answer and do "
+    "not output any other words. The following are some examples.\n\nPassage:\nIt is.\nQuestion:\n"
+    "Is it?\nAnswer:\nYes\n\nPassage:\nOn it.\nQuestion:\nCapital?\nAnswer:",
 }
 
 
@@ -300,7 +374,8 @@ GENERAL_PROMPTS = {
         "Passage: Team {0} won.\nQuestion: Who won {0}?\nAnswer: team {0}, all",
     ),
     "hellaswag": ("Roof: A man climbs. He", "Rest: He sits {}. He stands."),
-    "triviaqa": ("Question: Which kingdom?\nAnswer:", "Question: Shot {0}?\nAnswer: Answer {0}"),
+    # Questions end with a mark, and lm-eval's prompt adds another.
+    "triviaqa": ("Question: Which kingdom??\nAnswer:", "Question: Shot {0}??\nAnswer: Answer {0}"),
 }
 # Only answers: a constant one is always right, there being one example.
 LONG_SCORES = {
@@ -353,7 +428,7 @@ def general(tmp_path_factory):
 def longbench_results(tmp_path_factory):
     for package in ("jieba", "fuzzywuzzy", "rouge"):
         pytest.importorskip(package, reason="LongBench's scores need lm-eval[longbench]")
-    published = {"Xnhyacinth/LongBench": {name: {"test": rows} for name, rows in LONG.items()}}
+    published = {"Xnhyacinth/LongBench": {name: {"test": [row]} for name, row in LONG_ROWS.items()}}
     suite = [group for group in SUITES["long"] if group.name == "longbench"]
     return evaluate(tmp_path_factory.mktemp("long"), suite, published, LONG_ANSWERS)
 
@@ -412,18 +487,48 @@ def test_coqa_of_a_conversation_for_training():
 @pytest.mark.parametrize("task", LONG_SCORES)
 def test_scores_of_longbench(longbench_results, task):
     report, rows = longbench_results
-    row = report["tasks"][f"longbench_{task}"]
+    row = report["tasks"][f"long_{task}"]
     assert (row["metric"], row["examples"], row["shots"]) == ("score", 1, 0)
     assert (row["max_length"], row["rope_scaling"]["factor"]) == (16_384, 4.0)
     assert row["score"] == pytest.approx(LONG_SCORES[task])
     assert row["empty"] == 0.0
-    ((example,), (published,)) = rows[f"longbench_{task}"], LONG[task]
     assert row["constant"] == pytest.approx(1.0)
-    assert row["constant_answer"] == published["answers"][0]
-    assert published["context"] in example["prompt"]
-    assert published["question"] in example["prompt"]
+    assert row["constant_answer"] == LONG_ROWS[task]["answers"][0]
+    (example,) = rows[f"long_{task}"]
+    assert example["prompt"] == LONG_PROMPTS.get(task, "".join(LONG[task][:3]))
 
 
 def test_longbench_is_the_mean_of_its_seven_tasks(longbench_results):
     mean = sum(LONG_SCORES.values()) / 7
     assert longbench_results[0]["groups"]["longbench"]["score"] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("task", LONG)
+def test_answers_on_longbench_are_cut_and_scored_as_lm_evals(task):
+    published = Path(lm_eval.tasks.__file__).parent / "longbench" / f"{task}.yaml"
+    ours, theirs = (
+        load_yaml(path, resolve_func=False) for path in (TASKS_DIR / f"long_{task}.yaml", published)
+    )
+    for name in ("dataset_path", "dataset_name", "test_split"):
+        assert ours[name] == theirs[name]
+    for name in ("until", "max_gen_toks", "do_sample"):
+        assert ours["generation_kwargs"][name] == theirs["generation_kwargs"][name]
+    function = lambda config: config["process_results"].rpartition(".")[2]
+    assert function(ours) == function(theirs)
+    assert ours["metric_list"] == theirs["metric_list"][:1]
+
+
+def test_longbench_rows_of_its_authors_are_refused(tmp_path, monkeypatch):
+    pytest.importorskip("rouge", reason="LongBench's scores need lm-eval[longbench]")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    row = {"input": "What was said?"} | LONG_ROWS["qmsum"]
+    for name in ("question", "answer_prefix", "task", "max_new_tokens"):
+        del row[name]
+    publish(tmp_path / "Xnhyacinth" / "LongBench", {"qmsum": {"test": [row]}})
+    message = (
+        r"^the rows of LongBench have no question and no answer_prefix, but input, context, .*; "
+        r"take Xnhyacinth/LongBench of the hub, not THUDM/LongBench, whose context has no "
+    )
+    manager = TaskManager(include_path=str(TASKS_DIR), include_defaults=False)
+    with pytest.raises(ConfigError, match=message):
+        load_tasks(manager, "long_qmsum", str(tmp_path))

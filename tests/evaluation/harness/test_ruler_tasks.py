@@ -60,7 +60,7 @@ def follow_variables(prompt):
 
     def names(text):
         (value,) = set(re.findall(r"the value (\d+)", text))
-        assigned = dict(re.findall(r"^VAR (\w+) = (?:VAR )?(\w+) ?$", text, re.MULTILINE)).items()
+        assigned = dict(re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", text)).items()
         found = [value]
         while following := [name for name, source in assigned if source == found[-1]]:
             found += following
@@ -168,6 +168,25 @@ def test_the_words_around_the_context_are_those_of_lm_evals_task(tokenizer, name
     assert asked.endswith(after.format(query=value, num_v=5))
     if name != "frequent_words":
         assert prompt.count(before) == 2
+
+
+def test_variables_are_joined_as_in_lm_evals_task(tokenizer):
+    def sentences(text):
+        """How many of noise and of assignments a prompt has."""
+        context = text.split("text.\n\n")[1].split("\nQuestion")[0]
+        noise = f"{ruler.NOISE}\n"
+        found = re.findall(rf"{re.escape(noise)}|VAR \w+ = (?:VAR \w+ |\d+)", context)
+        assert context == " ".join(found)
+        return found.count(noise), len(found) - found.count(noise)
+
+    (prompt,) = documents("variable_tracking", tokenizer, length=2500, samples=1)["input"]
+    example, asked = parts(prompt, "Memorize and track")
+    assert sentences(example)[1] == 5
+    theirs, _ = published("vt_utils").generate_input_output(20, num_chains=1, num_hops=4)
+    assert sentences(theirs) == (20, 5)
+    noise, assignments = sentences(asked)
+    assert noise > 5
+    assert assignments == 5
 
 
 @each_task

@@ -1,8 +1,10 @@
 """Our task files on rows in the published schemas, with scores worked out by hand."""
 
 import json
+import re
 
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.tasks import TaskManager
@@ -10,6 +12,7 @@ from lm_eval.tasks import TaskManager
 from repo_jax.data import byte_tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation.harness.suites import TASKS_DIR
+from repo_jax.evaluation.harness.task_loading import load_tasks
 from repo_jax.evaluation.harness.tasks import hybridqa, needles, nlgraph, ruler
 
 # As in NLGraph's main.json.
@@ -42,14 +45,15 @@ def load(name, **metadata):
     return manager.load([name])["tasks"][name]
 
 
-def write_nlgraph(folder, graph, rows, difficulty="easy"):
-    (folder / "nlgraph").mkdir(exist_ok=True)
+def write_nlgraph(folder, graph, rows, place="NLGraph/{}/main.json"):
+    path = folder / place.format(graph)
+    path.parent.mkdir(parents=True)
     content = {
-        str(i): {"question": f"Graph: ...\nQ: {q}\nA:", "answer": a, "difficulty": difficulty}
+        str(i): {"question": f"Graph: ...\nQ: {q}\nA:", "answer": a, "difficulty": "easy"}
         for i, (q, a) in enumerate(rows)
     }
     content["99"] = {"question": "a hard one", "answer": "no", "difficulty": "hard"}
-    (folder / "nlgraph" / f"{graph}.json").write_text(json.dumps(content))
+    path.write_text(json.dumps(content))
 
 
 def scores(task, outputs):
@@ -125,23 +129,38 @@ def test_nlgraph_takes_one_answer_or_none(graph, text):
         assert nlgraph.definite_answer(graph, f"{text} yes or no") in (None, found)
 
 
-def test_nlgraph_as_its_repository_lays_it_out(tmp_path):
-    folder = tmp_path / "nlgraph" / "flow"
-    folder.mkdir(parents=True)
+# The first is the data set's repository's.
+@pytest.mark.parametrize(
+    "place", ["NLGraph/flow/main.json", "nlgraph/flow/main.json", "nlgraph/flow.json"]
+)
+def test_nlgraph_is_found_in_several_places(tmp_path, place):
+    (tmp_path / place).parent.mkdir(parents=True)
     row = {
         "question": "Q",
         "answer": "The maximum flow from node 1 to node 2 is 3.",
         "difficulty": "easy",
     }
-    (folder / "main.json").write_text(json.dumps({"0": row}))
+    (tmp_path / place).write_text(json.dumps({"0": row}))
     (doc,) = load("nlgraph_flow", data_dir=str(tmp_path)).test_docs()
     assert doc["question"] == "Q"
+
+
+def test_the_file_of_nlgraph_that_is_asked_for_is_one_that_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    metadata = {"data_dir": str(tmp_path)}
+    manager = TaskManager(include_path=str(TASKS_DIR), include_defaults=False, metadata=metadata)
+    with pytest.raises(ConfigError) as raised:
+        load_tasks(manager, "nlgraph_shortest_path", str(tmp_path))
+    asked = re.search(r"; put (\S+) of github.com/Arthur-Heng/NLGraph into ", str(raised.value))[1]
+    assert asked == "NLGraph/shortest_path/main.json"
+    write_nlgraph(tmp_path, "shortest_path", NLGRAPH["shortest_path"], place=asked)
+    assert list(load_tasks(manager, "nlgraph_shortest_path", str(tmp_path)))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", r"connectivity.json is not JSON"),
+        ("{", r"NLGraph/connectivity/main.json is not JSON"),
         (
             '{"0": {"question": "q", "answer": "a"}}',
             r"a row of .* has no difficulty; it has question",
@@ -150,8 +169,9 @@ def test_nlgraph_as_its_repository_lays_it_out(tmp_path):
     ],
 )
 def test_nlgraph_files_that_are_something_else(tmp_path, content, message):
-    (tmp_path / "nlgraph").mkdir()
-    (tmp_path / "nlgraph" / "connectivity.json").write_text(content)
+    folder = tmp_path / "NLGraph" / "connectivity"
+    folder.mkdir(parents=True)
+    (folder / "main.json").write_text(content)
     with pytest.raises(ConfigError, match=message):
         nlgraph.documents("connectivity", str(tmp_path))
 
@@ -170,12 +190,6 @@ TABLE = {
 TABLE_TEXT = "Stadiums\n| Name | Capacity |\n| The Grove | 12,000 |\n| Lake Field | 8,500 |"
 
 
-def hybridqa_row(question, answer, **where):
-    tags = {"question_postag": "WP VBZ .", "question_id": "00153f694413a536"}
-    row = {"table_id": "Stadiums_0", "question": question, "answer-text": answer}
-    return row | tags | {name.replace("_", "-"): value for name, value in where.items()}
-
-
 # The kinds of the places that have the answer; the first two rows can be answered by the table.
 HYBRIDQA = [
     ("Which holds 12,000 ?", "The Grove", ["table"]),
@@ -184,26 +198,32 @@ HYBRIDQA = [
     ("Who built it ?", "Jerry", ["passage"]),
     ("How many are there ?", "2", []),
 ]
-# As in HybridQA's dev.traced.json, and in its dev.json before tables had names.
+# As in HybridQA's dev.traced.json.
 TRACED = [
-    hybridqa_row(question, answer, answer_node=[[answer, [0, 0], None, kind] for kind in kinds])
-    for question, answer, kinds in HYBRIDQA
-]
-OLDER = [
-    hybridqa_row(question, answer, where="table" if set(kinds) == {"table"} else "passage")
+    {
+        "table_id": "Stadiums_0",
+        "question": question,
+        "answer-text": answer,
+        "question_postag": "WP VBZ .",
+        "question_id": "00153f694413a536",
+        "answer-node": [[answer, [0, 0], None, kind] for kind in kinds],
+    }
     for question, answer, kinds in HYBRIDQA
 ]
 
 
-@pytest.mark.parametrize(("name", "rows"), [("dev.traced.json", TRACED), ("dev.json", OLDER)])
-def test_hybridqa(tmp_path, name, rows):
-    folder = tmp_path / "hybridqa"
-    (folder / "tables_tok").mkdir(parents=True)
-    (folder / name).write_text(json.dumps(rows))
+def write_hybridqa(folder, name, rows):
+    (folder / "hybridqa" / "tables_tok").mkdir(parents=True)
+    (folder / "hybridqa" / name).write_text(json.dumps(rows))
+
+
+def test_hybridqa(tmp_path):
+    write_hybridqa(tmp_path, "dev.traced.json", TRACED)
     message = r"has the table_id Stadiums_0; there is no .*tables_tok/Stadiums_0.json"
     with pytest.raises(ConfigError, match=message):
         hybridqa.documents(str(tmp_path))
-    (folder / "tables_tok" / "Stadiums_0.json").write_text(json.dumps(TABLE))
+    table = tmp_path / "hybridqa" / "tables_tok" / "Stadiums_0.json"
+    table.write_text(json.dumps(TABLE))
     task = load("hybridqa", data_dir=str(tmp_path))
     prompts = [task.doc_to_text(doc) for doc in task.test_docs()]
     assert prompts == [
@@ -218,37 +238,40 @@ def test_hybridqa(tmp_path, name, rows):
         assert [row["substring_match"] for row in scores(task, outputs)] == expected
 
 
-def test_hybridqa_rows_that_do_not_say_where_the_answer_is(tmp_path):
-    """As in dev.json of today, of which most questions are not answered by the table."""
-    (tmp_path / "hybridqa").mkdir()
-    rows = [hybridqa_row(question, answer) for question, answer, _ in HYBRIDQA]
-    (tmp_path / "hybridqa" / "dev.json").write_text(json.dumps(rows))
-    message = r"hybridqa/dev.json has neither answer-node nor where, .*; take .*/dev.traced.json of"
-    with pytest.raises(ConfigError, match=message):
+def test_hybridqa_without_questions_for_the_table_alone(tmp_path):
+    write_hybridqa(tmp_path, "dev.traced.json", TRACED[2:])
+    with pytest.raises(ConfigError, match=r"dev.traced.json has no question that is answered by"):
         hybridqa.documents(str(tmp_path))
 
 
+# Today's dev.json has neither of these; an older one has both, and numbers for tables.
+OLDER = [row | {"table_id": 1122, "where": "table"} for row in TRACED]
+
+
 @pytest.mark.parametrize(
-    "table",
+    ("name", "rows", "message"),
     [
-        TABLE_TEXT,
-        {
-            "title": "Stadiums",
-            "header": ["Name", "Capacity"],
-            "rows": [["The Grove", "12,000"], ["Lake Field", "8,500"]],
-        },
-        {
-            "title": "Stadiums",
-            "header": ["Name", "Capacity"],
-            "data": [
-                [{"value": "The Grove", "urls": []}, {"value": "12,000", "urls": []}],
-                [{"value": "Lake Field", "urls": []}, {"value": "8,500", "urls": []}],
-            ],
-        },
+        ("dev.json", TRACED, r"hybridqa/dev.json does not say which questions a table answers"),
+        ("dev.json", OLDER, r"hybridqa/dev.json does not say which questions a table answers"),
+        ("dev.traced.json", OLDER, r"is of an older HybridQA, whose tables are numbers, .* 1122"),
     ],
 )
-def test_tables_come_in_several_forms(table):
-    assert hybridqa.table_text(table) == TABLE_TEXT
+def test_hybridqa_files_that_are_something_else(tmp_path, name, rows, message):
+    write_hybridqa(tmp_path, name, rows)
+    (tmp_path / "hybridqa" / "tables_tok" / "1122.json").write_text(json.dumps(TABLE))
+    taken = r"; take .*released_data/dev.traced.json of github.com/wenhuchen/HybridQA$"
+    with pytest.raises(ConfigError, match=message + taken):
+        hybridqa.documents(str(tmp_path))
+
+
+def test_hybridqa_of_the_hub_has_its_prompts_already(tmp_path, monkeypatch):
+    row = {"table_id": "Stadiums_0", "table": TABLE_TEXT}
+    row |= {"question": f"{TABLE_TEXT}\n\nQ: Which holds 12,000 ?\nA:", "answer": "The Grove"}
+    published = {("huayangli/hybrid_qa", "test"): Dataset.from_list([row])}
+    fetch = lambda path, split: published[path, split]
+    monkeypatch.setattr(hybridqa.datasets, "load_dataset", fetch)
+    (doc,) = hybridqa.documents(str(tmp_path))["test"]
+    assert doc == {"prompt": row["question"], "answer": "The Grove"}
 
 
 @pytest.fixture(scope="module")

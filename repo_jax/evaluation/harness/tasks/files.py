@@ -19,13 +19,12 @@ def read_json(path: Path) -> Any:
         raise ConfigError(f"{path} is not JSON: {error}") from None
 
 
-def field(row: dict, path: Path, *names: str) -> Any:
-    """The first of `names` that a row has.
+def field(row: dict, path: Path, name: str) -> Any:
+    """What a row has under a name.
 
     Raises:
-      ConfigError: it has none of them.
+      ConfigError: it has no such name.
     """
-    for name in names:
-        if name in row:
-            return row[name]
-    raise ConfigError(f"a row of {path} has no {' or '.join(names)}; it has {', '.join(row)}")
+    if name not in row:
+        raise ConfigError(f"a row of {path} has no {name}; it has {', '.join(row)}")
+    return row[name]

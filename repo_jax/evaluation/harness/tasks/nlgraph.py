@@ -40,9 +40,9 @@ def documents(
 
     Args:
       graph: `connectivity`, `cycle`, `flow` or `shortest_path`.
-      data_dir: has nlgraph/<graph>.json or, as in the data set's repository,
-        nlgraph/<graph>/main.json: a dict of number to `question`, `answer`, `difficulty`.
-        None, or no such file: the hub's copy of it.
+      data_dir: has NLGraph/<graph>/main.json, as the data set's repository, or
+        nlgraph/<graph>.json or nlgraph/<graph>/main.json: a dict of number to `question`,
+        `answer`, `difficulty`. None, or no such file: the hub's copy of it.
       difficulty: `easy`, `medium` or `hard`.
 
     Returns:
@@ -51,8 +51,8 @@ def documents(
     Raises:
       ConfigError: the file is something else, or has no question of that difficulty.
     """
-    folder = None if data_dir is None else Path(data_dir) / "nlgraph"
-    places = [] if folder is None else [folder / f"{graph}.json", folder / graph / "main.json"]
+    names = (f"NLGraph/{graph}/main.json", f"nlgraph/{graph}.json", f"nlgraph/{graph}/main.json")
+    places = [] if data_dir is None else [Path(data_dir) / name for name in names]
     path = next((place for place in places if place.is_file()), None)
     if path is not None:
         content = read_json(path)

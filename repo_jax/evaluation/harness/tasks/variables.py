@@ -1,4 +1,9 @@
-"""RULER's variable tracking (arXiv 2404.06654), made for any tokenizer without a network."""
+"""RULER's variable tracking (arXiv 2404.06654), made for any tokenizer without a network.
+
+Of RULER's versions this is lm-eval's, in words and joining: sentences have spaces between them,
+and those of noise end their lines. RULER's newer scripts join with ends of lines alone and spell
+the prompt's misspelt word right.
+"""
 
 import itertools
 import random
@@ -11,7 +16,7 @@ import datasets
 from repo_jax.data import Tokenizer
 from repo_jax.evaluation.harness.tasks.ruler import NOISE, fill, hide, longest, open_tokenizer
 
-# The misspelt word is RULER's. Its space at the end is not here: a tokenizer would have the
+# The misspelt word is lm-eval's. Its space at the end is not here: a tokenizer would have the
 # answer's first word without the space that it begins with everywhere else.
 _PROMPT = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
@@ -84,7 +89,7 @@ def _chain(draw: random.Random, letters: int, value: int) -> tuple[Callable[[int
     depths = sorted(draw.random() for _ in lines)
 
     def prompt(n: int) -> str:
-        context = "\n".join(hide(lines, depths, [NOISE] * n))
+        context = " ".join(hide(lines, depths, [f"{NOISE}\n"] * n))
         return _PROMPT.format(context=context, value=value, names=_NAMES)
 
     return prompt, names
