@@ -51,7 +51,8 @@ class EvalConfig:
       task_length: tokens of prompt and answer of RULER's tasks that `tasks` names one by one, and
         what the model may see there; None: 4096. Suites have lengths of their own.
       limit: examples of each task; None: all.
-      num_fewshot: examples before each question; None: as the suite or the task says.
+      num_fewshot: examples before each question; None: as the suite or the task says. A task whose
+        file says 0 has none in any case.
       published_scoring: scores NLGraph as upstream does, which takes silence for a no.
     """
 
@@ -85,6 +86,7 @@ class EvalConfig:
         for name in ("text", "tokens"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        object.__setattr__(self, "context_lengths", tuple(self.context_lengths))
         tasks = self.tasks.split(",") if isinstance(self.tasks, str) else self.tasks
         object.__setattr__(self, "tasks", tuple(filter(None, (task.strip() for task in tasks))))
         needs_tasks = ("tasks_dir", "data_dir", "haystack", "task_length", "limit", "num_fewshot")
@@ -92,15 +94,14 @@ class EvalConfig:
             value = getattr(self, name)
             given = value is not None and value is not False  # 0 is given
             _require(self.tasks or not given, f"--{name} needs --tasks")
-        for name in ("text", "tokens"):
-            given = bool(getattr(self, name))
+        for name in ("text", "tokens", "context_lengths", "max_tokens"):
+            given = getattr(self, name) != getattr(type(self), name)
             _require(not (self.tasks and given), f"--tasks and --{name} exclude each other")
         _require(
             not (self.tasks and self.overwrite),
             "--tasks and --overwrite exclude each other: results of tasks are added to, never "
             "replaced; give another --output",
         )
-        object.__setattr__(self, "context_lengths", tuple(self.context_lengths))
         _require(
             (self.run is None) != (self.model is None),
             "give one of --run (a run directory) and --model (a folder or hub id)",

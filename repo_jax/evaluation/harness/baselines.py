@@ -78,8 +78,8 @@ def _frequent(examples) -> list[str]:
 
 def _generated(task, requests, answer: str, metric: str, filter_name: str) -> float:
     made = [_answered(request, answer) for request in requests]
-    for ensemble in task._filters:
-        ensemble.apply(made)
+    # Others may want more than is here.
+    next(each for each in task._filters if each.name == filter_name).apply(made)
     results = [request.filtered_resps[filter_name] for request in made]
     # A filter may look for words around an answer, and find none around this one.
     if answer and all(isinstance(result, str) for result in results):
@@ -90,7 +90,8 @@ def _generated(task, requests, answer: str, metric: str, filter_name: str) -> fl
 def _answered(request, answer: str):
     # dataclasses.replace does not make requests: they derive fields from others.
     fields = ("request_type", "doc", "arguments", "idx", "metadata")
-    return type(request)(**{name: getattr(request, name) for name in fields}, resps=[answer])
+    resps = [answer] * max(1, len(request.resps))  # as often as it was asked
+    return type(request)(**{name: getattr(request, name) for name in fields}, resps=resps)
 
 
 def _chosen(task, requests, choice: int, metric: str) -> float:

@@ -9,6 +9,8 @@ from typing import Any
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation.harness.statistics import mean_interval, shown
 
+_FIELDS = {"task", "doc_id", "metric", "score", "example"}
+
 
 @dataclasses.dataclass(frozen=True)
 class CompareConfig:
@@ -29,6 +31,8 @@ class CompareConfig:
     def __post_init__(self):
         if self.resamples < 100:
             raise ConfigError(f"--resamples is {self.resamples}; it must be at least 100")
+        if self.seed < 0:
+            raise ConfigError(f"--seed is {self.seed}; it must be 0 or more")
 
 
 def compare(
@@ -50,7 +54,7 @@ def compare(
       ConfigError: a folder has no evaluation, or they have no task in common.
     """
     folders = [_folder(a), _folder(b)]
-    reports = [json.loads((folder / "tasks.json").read_text())["tasks"] for folder in folders]
+    reports = [_tasks(folder / "tasks.json") for folder in folders]
     common = [name for name in reports[0] if name in reports[1]]
     if not common:
         raise ConfigError(
@@ -59,7 +63,7 @@ def compare(
         )
     tasks, refused = {}, {}
     for name in common:
-        rows = [_read(folder / f"{name}.jsonl") for folder in folders]
+        rows = [read_examples(folder / f"{name}.jsonl") for folder in folders]
         if (reason := _differs(*rows)) is not None:
             refused[name] = reason
             continue
@@ -87,10 +91,36 @@ def _folder(path: str | Path) -> Path:
     raise ConfigError(f"--compare {path}: it has no tasks.json; run eval.py --tasks first")
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _tasks(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("tasks"), dict):
+        raise ConfigError(
+            f"--compare: {path} is no report of tasks; name a folder that eval.py --tasks wrote"
+        )
+    return found["tasks"]
+
+
+def read_examples(path: Path) -> list[dict[str, Any]]:
+    """The examples of a task, as an evaluation wrote them.
+
+    Raises:
+      ConfigError: the file is missing, or is something else.
+    """
     if not path.is_file():
         raise ConfigError(f"--compare: {path} is missing; run eval.py --tasks again")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        rows = []
+    if not rows or not all(isinstance(row, dict) and row.keys() >= _FIELDS for row in rows):
+        raise ConfigError(
+            f"{path} is no list of examples as eval.py --tasks writes it; evaluate again, with "
+            "another --output"
+        )
+    return rows
 
 
 def _differs(a: list[dict], b: list[dict]) -> str | None:

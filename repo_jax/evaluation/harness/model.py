@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from repo_jax import sharding
-from repo_jax.config import MeshConfig, RopeScaling, to_dict
+from repo_jax.config import DecoderConfig, Dtype, MeshConfig, RopeScaling, to_dict
 from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation.harness.cache import RequestCache
 from repo_jax.evaluation.harness.requests import (
-    NEW_TOKENS,
     batches,
     generation_options,
     is_sampled,
@@ -31,12 +30,16 @@ from repo_jax.evaluation.harness.requests import (
 )
 from repo_jax.evaluation.perplexity import log_probabilities
 from repo_jax.inference.generator import Generator
-from repo_jax.inference.loading import folder_of, load, open_mesh
+from repo_jax.inference.loading import config_of, folder_of, load, open_mesh
 from repo_jax.inference.sampling import Sampling, places_among_equals
 from repo_jax.modeling import RePoLM
 from repo_jax.progress import progress
 
+# Of our answers, to be raised when a change of this program gives another one to a request that
+# it has answered: how tokens are scored, generated, cut or encoded. Kept ones are then not used.
+_VERSION = 1
 _MESH_ARGS = ("data", "fsdp", "tensor")
+_WHOLE_ARGS = ("batch_tokens", "max_length", "rope_original_length")
 _MODEL_ARGS = (
     *("run", "pretrained", "step", "revision", "tokenizer", "dtype", "batch_tokens"),
     *("max_length", "rope_factor", "rope_original_length", "cache", *_MESH_ARGS),
@@ -66,9 +69,12 @@ class RepoJaxLM(TemplateLM):
       tokenizer: its eos stands before a text that has no context.
       batch_tokens: tokens in a batch, padding included.
       max_length: tokens the model may see, what it generates included; longer contexts lose
-        their beginning. None: what it was trained on, times the YaRN factor.
+        their beginning. None: see `reach`.
       cache: of answers, for evaluations that are stopped and started again.
       mesh: where params were placed on one, that; it may not split tokens.
+
+    Raises:
+      ConfigError: the tokenizer has ids that the model does not know.
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class RepoJaxLM(TemplateLM):
         mesh: Mesh | None = None,
     ):
         super().__init__()
+        check_vocabulary(tokenizer, model.config)
         self.max_length = reach(model.config) if max_length is None else max_length
         self._model, self._params, self._tokenizer = model, params, tokenizer
         self._batch_tokens, self._cache, self._mesh = batch_tokens, cache, mesh
@@ -117,17 +124,16 @@ class RepoJaxLM(TemplateLM):
         given = {name: arg_dict.get(name) for name in _MODEL_ARGS}
         if (given["run"] is None) == (given["pretrained"] is None):
             raise ConfigError("model_args needs one of run=DIR and pretrained=DIR_OR_HUB_ID")
+        _check_values({name: value for name, value in given.items() if value is not None})
         factor, scaling = given["rope_factor"], None
         if factor is not None:
             scaling = RopeScaling(float(factor), given["rope_original_length"])
         step, revision = str(given["step"] or "latest"), given["revision"]
         named = _Arguments(given["run"], given["pretrained"], step, revision, scaling)
         sizes = {name: given[name] for name in _MESH_ARGS if given[name] is not None}
-        for name, size in sizes.items():
-            if not isinstance(size, int):
-                raise ConfigError(f"model_args has {name}={size}; it must be a whole number")
         mesh = open_mesh(named, MeshConfig(**sizes) if sizes else None)
         tokenizer = Tokenizer.load(given["tokenizer"] or folder_of(named))
+        check_vocabulary(tokenizer, config_of(named))  # before its parameters are read
         loaded = load(named, given["dtype"] or "float32", mesh)
         return cls(
             *(loaded.model, loaded.params, tokenizer),
@@ -147,12 +153,15 @@ class RepoJaxLM(TemplateLM):
 
     @functools.cached_property
     def identity(self) -> str:
-        """A digest of all that decides an answer: parameters, config, tokenizer, length."""
+        """A digest of all that decides an answer: parameters, config, tokenizer, length, and
+        the version of this program's answers.
+        """
         config = to_dict(self._model.config)
         for name in ("attention", "remat"):
             del config[name]
         tokenizer = hashlib.sha256(self._tokenizer.to_json().encode()).hexdigest()
         parts = [self._parameters, config, tokenizer, self._tokenizer.eos_id, self.max_length]
+        parts.append(_VERSION)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -160,15 +169,14 @@ class RepoJaxLM(TemplateLM):
         """The id that ends a document, and stands before one."""
         return self._tokenizer.eos_id
 
-    @property
-    def max_gen_toks(self) -> int:
-        """New tokens where a task does not say how many."""
-        return NEW_TOKENS
-
-    @property
-    def tokenizer_name(self) -> str:
-        """For lm-eval's records."""
-        return "repo_jax"
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """There is none. lm-eval asks before it makes prompts with one."""
+        if chat_template:
+            raise ConfigError(
+                "--apply_chat_template is given; the model repo_jax has no chat template, so leave "
+                "it out"
+            )
+        return ""
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs
@@ -362,6 +370,37 @@ class RepoJaxLM(TemplateLM):
         self.cache_hook.add_partial(kind, args, answer)
         if self._cache is not None:
             self._cache.put(self.identity, kind, args, answer=answer)
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: DecoderConfig) -> None:
+    """Of an id beyond the embedding the model gives no number. Rows may be padded to more."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has a vocabulary of {tokenizer.vocab_size}; the model's vocab_size is "
+            f"{config.vocab_size} and must be at least that; give the model's own tokenizer"
+        )
+
+
+def _check_values(given: dict[str, Any]) -> None:
+    """lm-eval makes a number of what looks like one, and a text of the rest."""
+
+    def require(name: str, right: bool, what: str) -> None:
+        if not right:
+            raise ConfigError(f"model_args has {name}={given[name]}; it must be {what}")
+
+    for name in given:
+        value = given[name]
+        whole = type(value) is int  # a bool is none
+        if name in _MESH_ARGS:
+            require(name, whole, "a whole number")
+        elif name in _WHOLE_ARGS:
+            require(name, whole and value > 0, "a positive whole number")
+        elif name == "rope_factor":
+            require(name, type(value) in (int, float), "a number")
+        elif name == "dtype":
+            require(name, value in get_args(Dtype), f"one of {', '.join(get_args(Dtype))}")
+    if "rope_original_length" in given and "rope_factor" not in given:
+        raise ConfigError("model_args has rope_original_length, which needs rope_factor")
 
 
 def _no_text(context: str) -> ConfigError:

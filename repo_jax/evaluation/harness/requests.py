@@ -13,10 +13,12 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "se
 
 
 def reach(config: DecoderConfig) -> int:
-    """Tokens that a model may see: as many as it was trained on, times the YaRN factor."""
+    """Tokens that a model may see: as many as it was trained on, or as YaRN makes of its original
+    length, if that is more.
+    """
     scaling = config.rope_scaling
-    trained = config.trained_length
-    return trained if scaling is None else int(scaling.factor * scaling.original_length)
+    extended = 0 if scaling is None else int(scaling.factor * scaling.original_length)
+    return max(config.trained_length, extended)
 
 
 def prompt_room(task: str, gen_kwargs: dict, max_length: int) -> int:
@@ -42,14 +44,30 @@ def is_sampled(request) -> bool:
 
 
 def generation_options(gen_kwargs: dict) -> tuple[tuple[str, ...], dict]:
-    """Stop strings, and the keywords of `generate`."""
+    """Stop strings, and the keywords of `generate`.
+
+    Raises:
+      ConfigError: a name is not known, a stop string is empty, or nothing is to be generated.
+    """
     given = dict(gen_kwargs)
     until = given.pop("until", None) or ()
     until = (until,) if isinstance(until, str) else tuple(until)
+    if not all(isinstance(stop, str) and stop for stop in until):
+        raise ConfigError(
+            f"generation_kwargs has until {list(until)}; each must be a text that is not empty"
+        )
     do_sample = given.pop("do_sample", None)
     max_new_tokens = NEW_TOKENS
     for name in _NEW_TOKENS:
-        max_new_tokens = int(given.pop(name, max_new_tokens))
+        value = given.pop(name, max_new_tokens)
+        try:
+            max_new_tokens = int(value)
+        except (TypeError, ValueError):
+            max_new_tokens = 0
+        if max_new_tokens < 1:
+            raise ConfigError(
+                f"generation_kwargs has {name} {value}; it must be a positive whole number"
+            )
     for name in given:
         if name not in _SAMPLING:
             raise ConfigError(

@@ -17,13 +17,14 @@ from lm_eval.evaluator import evaluate as run_tasks
 from lm_eval.tasks import TaskManager
 
 from repo_jax import cli
-from repo_jax.config import to_dict
+from repo_jax.config import DecoderConfig, to_dict
 from repo_jax.data import Tokenizer
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation.config import EvalConfig
 from repo_jax.evaluation.harness.baselines import baseline
 from repo_jax.evaluation.harness.cache import RequestCache
-from repo_jax.evaluation.harness.model import RepoJaxLM
+from repo_jax.evaluation.harness.compare import read_examples
+from repo_jax.evaluation.harness.model import RepoJaxLM, check_vocabulary
 from repo_jax.evaluation.harness.requests import prompt_room, reach
 from repo_jax.evaluation.harness.statistics import score_interval, shown, statistic_interval
 from repo_jax.evaluation.harness.suites import (
@@ -39,6 +40,11 @@ from repo_jax.inference.loading import config_of, folder_of, load, open_mesh
 from repo_jax.training import lock
 
 _PUBLISHED = "published_match"
+# What lm-eval marks tasks with that it runs only if it is told to, or for other models.
+_MARKS = {
+    "UNSAFE_CODE": "runs code that the model writes",
+    "MULTIMODAL": "shows images or plays sounds",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +69,8 @@ def evaluate_tasks(config: EvalConfig) -> dict[str, Any]:
       `groups`, the means of a suite's tasks.
 
     Raises:
-      ConfigError: a task is unknown or lacks its data, the folder has other results, or the
-        mesh does not fit.
+      ConfigError: a task is unknown, lacks its data or cannot be scored, the folder has other
+        results, or the mesh or the tokenizer does not fit.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     out = _output(config)
@@ -72,10 +78,16 @@ def evaluate_tasks(config: EvalConfig) -> dict[str, Any]:
     folder = folder_of(config)
     mesh = open_mesh(config, config.mesh)
     tokenizer = Tokenizer.load(config.tokenizer or folder)
-    entries = _entries(config, groups, config.tokenizer or folder)
-    _check_room(config, entries)
+    model = config_of(config)
+    if config.rope_scaling is not None:
+        model = dataclasses.replace(model, rope_scaling=config.rope_scaling)
+    check_vocabulary(tokenizer, model)
+    entries = _entries(config, groups, config.tokenizer or folder, model)
+    _check_room(entries)
     with _held(out):
         found = _found(out, entries)
+        for entry in entries:
+            _check_examples(entry, config, out)
         loaded = load(config, config.dtype, mesh)
         lm = RepoJaxLM(
             *(loaded.model, loaded.params, tokenizer),
@@ -126,7 +138,9 @@ def _output(config: EvalConfig) -> Path:
     return out
 
 
-def _entries(config: EvalConfig, groups: Iterable[Group], tokenizer: Path | str) -> list[_Entry]:
+def _entries(
+    config: EvalConfig, groups: Iterable[Group], tokenizer: Path | str, model: DecoderConfig
+) -> list[_Entry]:
     absolute = lambda path: path and str(Path(path).expanduser().absolute())
     for option in ("data_dir", "tasks_dir"):
         path = absolute(getattr(config, option))
@@ -141,6 +155,8 @@ def _entries(config: EvalConfig, groups: Iterable[Group], tokenizer: Path | str)
     everything: TaskManager | None = None
     entries: dict[str, _Entry] = {}
     for group in groups:
+        scaling = group.rope_scaling or model.rope_scaling
+        scaled = dataclasses.replace(model, rope_scaling=scaling)
         # lm-eval's own thousands of files take seconds to look through.
         metadata = shared | group.metadata
         own = TaskManager(include_path=own_paths, include_defaults=False, metadata=metadata)
@@ -149,7 +165,8 @@ def _entries(config: EvalConfig, groups: Iterable[Group], tokenizer: Path | str)
             if asked.task not in own.all_tasks:
                 everything = everything or TaskManager(include_path=own_paths, metadata=shared)
                 manager = everything
-            entry = _entry(config, group, asked, load_tasks(manager, asked.task, config.data_dir))
+            tasks = load_tasks(manager, asked.task, config.data_dir)
+            entry = _entry(config, group, asked, tasks, scaled)
             if entry.name in entries:
                 raise ConfigError(f"--tasks names {entry.name} twice")
             entries[entry.name] = entry
@@ -161,32 +178,69 @@ def _entries(config: EvalConfig, groups: Iterable[Group], tokenizer: Path | str)
     return list(entries.values())
 
 
-def _entry(config: EvalConfig, group: Group, asked: SuiteTask, tasks: dict[str, Any]) -> _Entry:
+def _entry(
+    config: EvalConfig,
+    group: Group,
+    asked: SuiteTask,
+    tasks: dict[str, Any],
+    model: DecoderConfig,
+) -> _Entry:
+    name = asked.name or asked.task
     shots = asked.shots if config.num_fewshot is None else config.num_fewshot
-    for task in tasks.values():
+    for member, task in tasks.items():
+        for mark, what in _MARKS.items():
+            if getattr(task, mark, False):
+                raise ConfigError(
+                    f"the task {member} {what}, which eval.py does not; leave it out of --tasks"
+                )
         own = task.get_config("num_fewshot")
+        if own == 0 and config.num_fewshot:
+            what = f"{member} shows no examples, whatever --num_fewshot says"
+            print(f"{what}: its file has num_fewshot 0", file=sys.stderr)
         # As in lm-eval: a task whose file says 0 has no examples to show.
         if own is None or (own != 0 and shots is not None):
             task.set_config(key="num_fewshot", value=shots or 0)
-        task.set_fewshot_seed(seed=1234)
+        _seed_shots(task)
         _check_shots(task)
     first = next(iter(tasks.values()))
     metrics = list(first.aggregation())
     metric = asked.metric or metrics[0]
     if config.published_scoring and _PUBLISHED in metrics:
         metric = _PUBLISHED
-    scaling = group.rope_scaling or config.rope_scaling
+    filter_name = asked.filter or first._filters[0].name
+    _check_scoring(name, tasks, metric, filter_name)
+    scaling = model.rope_scaling
     settings = {
         "metric": metric,
-        "filter": asked.filter or first._filters[0].name,
+        "filter": filter_name,
         "shots": first.get_config("num_fewshot"),
         "limit": config.limit,
         "rope_scaling": scaling and to_dict(scaling),
-        "max_length": group.max_length,
+        "max_length": group.max_length or reach(model),
         "group": group.name,
         "haystack": ", ".join(sorted(set().union(*map(_haystacks, tasks.values())))) or None,
     }
-    return _Entry(asked.name or asked.task, asked, group, tasks, settings)
+    return _Entry(name, asked, group, tasks, settings)
+
+
+def _check_scoring(name: str, tasks: dict[str, Any], metric: str, filter_name: str) -> None:
+    """The metric and the filter are those of the first of the tasks, whose scores are pooled."""
+    mixed = f"--tasks {name} mixes tasks that are scored differently; name them one by one"
+    for member, task in tasks.items():
+        metrics, filters = task.aggregation(), [each.name for each in task._filters]
+        for what, wanted, known in (
+            ("metric", metric, metrics),
+            ("filter", filter_name, filters),
+        ):
+            if wanted not in known:
+                lacks = f"the task {member} has no {what} {wanted}; it has {', '.join(known)}"
+                raise ConfigError(f"{mixed} ({lacks})" if len(tasks) > 1 else lacks)
+    if len({task.aggregation()[metric].__name__ for task in tasks.values()}) > 1:
+        raise ConfigError(f"{mixed} ({metric} is aggregated in different ways)")
+
+
+def _seed_shots(task) -> None:
+    task.set_fewshot_seed(seed=1234)
 
 
 def _check_shots(task) -> None:
@@ -203,16 +257,13 @@ def _check_shots(task) -> None:
         )
 
 
-def _check_room(config: EvalConfig, entries: Iterable[_Entry]) -> None:
+def _check_room(entries: Iterable[_Entry]) -> None:
     """The model would find out when it comes to the task."""
-    model = config_of(config)
-    if config.rope_scaling is not None:
-        model = dataclasses.replace(model, rope_scaling=config.rope_scaling)
     for entry in entries:
         for name, task in entry.tasks.items():
             if task.OUTPUT_TYPE == "generate_until":
                 options = task.get_config("generation_kwargs") or {}
-                prompt_room(f"the task {name}", options, entry.group.max_length or reach(model))
+                prompt_room(f"the task {name}", options, entry.settings["max_length"])
 
 
 def _found(out: Path, entries: Iterable[_Entry]) -> dict[str, Any] | None:
@@ -229,12 +280,38 @@ def _found(out: Path, entries: Iterable[_Entry]) -> dict[str, Any] | None:
     for entry in entries:
         before = found["tasks"].get(entry.name)
         for name, value in entry.settings.items() if before else ():
-            if before[name] != value:
+            if before.get(name) != value:
                 raise ConfigError(
-                    f"{path} has {entry.name} with {name} {before[name]}, not {value}; "
+                    f"{path} has {entry.name} with {name} {before.get(name)}, not {value}; "
                     "give another --output"
                 )
     return found
+
+
+def _check_examples(entry: _Entry, config: EvalConfig, out: Path) -> None:
+    """Results of other examples are kept. To find out after the answers would be late."""
+    path = out / f"{entry.name}.jsonl"
+    if not path.exists():
+        return
+    before = [(row["task"], row["doc_id"], row["example"]) for row in read_examples(path)]
+    # All as lm-eval is going to do it, since some tasks draw on the way.
+    seed_globals()
+    for task in entry.tasks.values():
+        task.build_all_requests(limit=config.limit)
+    examples = []
+    for name, task in entry.tasks.items():
+        requests: dict[int, list] = {}
+        for request in sorted(task.instances, key=lambda request: request.idx):
+            requests.setdefault(request.doc_id, []).append(request.args)
+        for doc_id, doc in task.doc_iterator(limit=config.limit):
+            example = _example(doc_id, requests[doc_id], task.doc_to_target(doc))
+            examples.append((name, doc_id, example))
+        _seed_shots(task)
+    if before != sorted(examples):
+        raise ConfigError(
+            f"{path} has results of other examples: the data or the task's file were changed; "
+            "give another --output"
+        )
 
 
 def _started(
@@ -254,7 +331,8 @@ def _started(
     if found["model"] != identity:
         raise ConfigError(
             f"{out / 'tasks.json'} has results of another model ({found['source']}, step "
-            f"{found['step']}, {found['dtype']}); give another --output"
+            f"{found['step']}, {found['dtype']}) or of another version of this program; give "
+            "another --output"
         )
     return report | {"tasks": found["tasks"], "groups": found["groups"]}
 
@@ -276,8 +354,6 @@ def _evaluate(entry: _Entry, lm: RepoJaxLM, config: EvalConfig, out: Path, repor
             if sample["filter"] == filter_name:
                 dropped = max(map(lm.dropped, sample["arguments"]))
                 rows.append(_row(name, sample, metric, dropped))
-    if not rows:
-        raise ConfigError(f"the task {entry.name} has no filter {filter_name}")
     rows.sort(key=lambda row: (row["task"], row["doc_id"]))
     scores = [row["score"] for row in rows]
     aggregate = next(iter(entry.tasks.values())).aggregation()[metric]
@@ -320,7 +396,7 @@ def _row(task: str, sample: dict, metric: str, dropped: int) -> dict[str, Any]:
     requests = sample["arguments"]
     chosen = len(requests) > 1
     prompt = requests[0][0]
-    output = [resps[0] for resps in sample["resps"]]
+    output = [resps if len(resps) > 1 else resps[0] for resps in sample["resps"]]
     score = sample[metric]
     row = {
         "task": task,
@@ -333,12 +409,14 @@ def _row(task: str, sample: dict, metric: str, dropped: int) -> dict[str, Any]:
         "output": output if chosen else output[0],
         "target": sample["target"],
     }
-    example = [row[name] for name in ("doc_id", "prompt", "choices", "target") if name in row]
-    return row | {"example": _digest(example)}
+    return row | {"example": _example(sample["doc_id"], requests, sample["target"])}
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+def _example(doc_id: int, requests: list[tuple], target: Any) -> str:
+    """A digest of what is asked, and of what is right."""
+    choices = [[request[1] for request in requests]] if len(requests) > 1 else []
+    example = [doc_id, requests[0][0], *choices, target]
+    return hashlib.sha256(json.dumps(example).encode()).hexdigest()[:16]
 
 
 def _write(path: Path, content: str) -> None:

@@ -8,6 +8,7 @@ import tomllib
 import pytest
 from lm_eval.tasks import TaskManager
 
+from repo_jax.errors import ConfigError
 from repo_jax.evaluation.harness import __main__ as lm_eval_command
 from tests.tiny_runs import ROOT
 
@@ -39,6 +40,15 @@ def test_the_lm_eval_command(run, tmp_path, capsys, lm_eval_with, mesh):
     )
     (path,) = (tmp_path / "out").rglob("results*.json")
     assert "exact_match,none" in json.loads(path.read_text())["results"]["nlgraph_connectivity"]
+
+
+def test_a_chat_template_is_refused(run, lm_eval_with):
+    with pytest.raises(ConfigError, match="the model repo_jax has no chat template, so leave it"):
+        lm_eval_with(
+            *("--model", "repo_jax", "--tasks", "nlgraph_connectivity", "--apply_chat_template"),
+            *("--model_args", f"run={run / 'run'},max_length=1024", "--limit", "2"),
+            *("--metadata", json.dumps({"data_dir": str(run / "data")})),
+        )
 
 
 @pytest.mark.parametrize(

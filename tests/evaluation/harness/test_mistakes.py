@@ -7,10 +7,13 @@ import sys
 
 import pytest
 
+from repo_jax.data.tokenizers import train_bpe
+from repo_jax.errors import ConfigError
 from repo_jax.evaluation import command
+from repo_jax.evaluation.harness.model import RepoJaxLM
 from repo_jax.training import lock
 from tests.evaluation.harness.asking import mistake, options
-from tests.evaluation.harness.task_files import CHOICE
+from tests.evaluation.harness.task_files import ANSWER, CHOICE
 from tests.tiny_runs import ROOT
 
 
@@ -24,8 +27,8 @@ from tests.tiny_runs import ROOT
         (["--tasks", "letters,letters"], r"--tasks names letters twice"),
         (
             ["--tasks", "nlgraph_flow"],
-            r"the data of the task nlgraph_flow cannot be had .*; put nlgraph/flow.json of .* into "
-            r"/.*/data and give --data_dir, or",
+            r"the data of the task nlgraph_flow cannot be had .*; put NLGraph/flow/main.json of .* "
+            r"into /.*/data and give --data_dir, or",
         ),
         (["--data_dir", "nowhere"], r"--data_dir nowhere: there is no such folder"),
         (["--haystack", "straw"], r"haystack.*straw"),
@@ -46,6 +49,8 @@ from tests.tiny_runs import ROOT
         (["--limit", "0"], r"--limit is 0; it must be positive"),
         (["--num_fewshot", "-1"], r"--num_fewshot is -1; it must be 0 or more"),
         (["--text", "notes"], r"--tasks and --text exclude each other"),
+        (["--context_lengths", "[64]"], r"--tasks and --context_lengths exclude each other"),
+        (["--max_tokens", "1000"], r"--tasks and --max_tokens exclude each other"),
         (["--tasks", ""], r"--tasks_dir needs --tasks"),
         (
             ["--tasks", "needle_single", "--batch_tokens", "0"],
@@ -57,6 +62,92 @@ def test_mistakes(run, tmp_path, capsys, monkeypatch, changes, message):
     no_network(monkeypatch)
     assert re.search(message, mistake(capsys, options(run, "letters", tmp_path, *changes)))
     assert not (tmp_path / "evaluation").exists()
+
+
+def own_tasks(run, folder, **files):
+    """Options for a folder of task files."""
+    own = folder / "own"
+    own.mkdir()
+    for name, text in files.items():
+        (own / f"{name}.yaml").write_text(text.format(folder=run / "own"))
+    return ["--tasks_dir", str(own)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (CHOICE, CHOICE.replace("metric: acc", "metric: acc_norm"), "metric acc; it has acc_norm"),
+        (
+            CHOICE,
+            CHOICE.replace("metric: acc", "metric: acc, aggregation: median"),
+            "acc is aggregated in different ways",
+        ),
+        (
+            ANSWER,
+            ANSWER + "filter_list: [{{name: other, filter: [{{function: take_first}}]}}]\n",
+            "filter none; it has other",
+        ),
+    ],
+)
+def test_a_group_that_mixes_scores_is_refused(run, tmp_path, capsys, first, second, message):
+    """Its scores are pooled: some would be missing, or found to be after all the work."""
+    named = lambda text, name: re.sub("task: .*", f"task: {name}\ntag: mixed", text)
+    own = own_tasks(run, tmp_path, one=named(first, "one"), two=named(second, "two"))
+    error = mistake(capsys, options(run, "mixed", tmp_path, *own))
+    assert error.startswith(
+        "error: --tasks mixed mixes tasks that are scored differently; name them one by one ("
+    )
+    assert message in error
+    assert not (tmp_path / "evaluation").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            CHOICE + "unsafe_code: true\n",
+            "the task odd runs code that the model writes, which eval.py does not",
+        ),
+        (
+            CHOICE + "doc_to_image: q\n",
+            "the task odd shows images or plays sounds, which eval.py does not",
+        ),
+        (ANSWER.replace("\\n", ""), "generation_kwargs has until ['']; each must be a text"),
+        (
+            ANSWER.replace("toks: 24", "toks: 0"),
+            "generation_kwargs has max_gen_toks 0; it must be a positive whole number",
+        ),
+    ],
+)
+def test_tasks_that_cannot_be_done_are_refused_before_the_model_is_read(
+    run, tmp_path, capsys, monkeypatch, text, message
+):
+    monkeypatch.setattr(
+        "repo_jax.evaluation.harness.run.load", lambda *_, **__: pytest.fail("read")
+    )
+    own = own_tasks(run, tmp_path, odd=re.sub("task: .*", "task: odd", text))
+    assert message in mistake(capsys, options(run, "odd", tmp_path, *own))
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_the_model_is_read(
+    run, tmp_path, capsys, monkeypatch
+):
+    for place in ("run", "model"):
+        monkeypatch.setattr(
+            f"repo_jax.evaluation.harness.{place}.load", lambda *_, **__: pytest.fail("read")
+        )
+    train_bpe(["abc abc abcd abcd"], 259).save(tmp_path / "larger")
+    given = ["--tokenizer", str(tmp_path / "larger")]
+    error = mistake(capsys, options(run, "letters", tmp_path, *given))
+    assert error == (
+        "error: the tokenizer has a vocabulary of 259; the model's vocab_size is 257 and must be "
+        "at least that; give the model's own tokenizer"
+    )
+    assert not (tmp_path / "evaluation").exists()
+    arguments = f"run={run / 'run'},tokenizer={tmp_path / 'larger'}"
+    with pytest.raises(ConfigError, match="has a vocabulary of 259"):
+        RepoJaxLM.create_from_arg_string(arguments)
 
 
 def no_network(monkeypatch):
@@ -117,8 +208,8 @@ def test_a_package_that_is_missing_is_named(run, tmp_path, capsys, monkeypatch):
     assert "the task needle_single needs the package 'wonderwords', which is not" in error
     monkeypatch.delitem(sys.modules, "lm_eval.tasks.longbench.metrics", raising=False)
     monkeypatch.setitem(sys.modules, "jieba", None)
-    error = mistake(capsys, options(run, "longbench_qmsum", tmp_path))
-    assert "the task longbench_qmsum needs the package 'jieba', which is not" in error
+    error = mistake(capsys, options(run, "long_qmsum", tmp_path))
+    assert "the task long_qmsum needs the package 'jieba', which is not" in error
     assert error.endswith("run: pip install 'repo-jax[eval]'")
 
 

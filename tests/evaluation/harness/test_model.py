@@ -245,6 +245,10 @@ def test_repeats_of_a_request_draw_on_whatever_the_batches(parts):
     ("options", "message"),
     [
         ({"num_beams": 4}, "generation_kwargs has num_beams; the model repo_jax takes until"),
+        ({"until": ["a", ""]}, r"has until \['a', ''\]; each must be a text that is not empty"),
+        ({"until": [3]}, r"has until \[3\]; each must be a text that is not empty"),
+        ({"max_gen_toks": 0}, "has max_gen_toks 0; it must be a positive whole number"),
+        ({"max_new_tokens": "x"}, "has max_new_tokens x; it must be a positive whole number"),
         (
             {"temperature": 1.0, "top_p": 3, "max_gen_toks": 4},
             "generation_kwargs: top_p is 3; it must be",
@@ -370,6 +374,35 @@ def test_scaling_changes_the_model_and_its_reach(parts):
     assert lm.loglikelihood(request) != scaled.loglikelihood(request)
 
 
+@pytest.mark.parametrize(
+    ("factor", "original_length", "tokens"),
+    [(2.0, 48, 96), (2.0, None, 96), (2.0, 8, 48), (1.0, 8, 48), (4.0, 24, 96)],
+)
+def test_yarn_never_shortens_what_a_model_sees(parts, factor, original_length, tokens):
+    assert RepoJaxLM(*parts).scaled(RopeScaling(factor, original_length), None).max_length == tokens
+
+
+def test_answers_of_another_version_of_this_program_are_not_used(parts, tmp_path, monkeypatch):
+    cache = RequestCache(tmp_path / "requests")
+    request = ask("loglikelihood", ("abc", "d"))
+    RepoJaxLM(*parts, cache=cache).loglikelihood(request)
+    RepoJaxLM(*parts, cache=cache).loglikelihood(request)
+    assert len(cache) == 1
+    monkeypatch.setattr(harness, "_VERSION", harness._VERSION + 1)
+    RepoJaxLM(*parts, cache=cache).loglikelihood(request)
+    assert len(cache) == 2
+
+
+def test_a_tokenizer_with_ids_beyond_the_model_is_refused(parts):
+    """Their log-probabilities would be NaN, which is the greatest of choices."""
+    model, params, tokenizer = parts
+    of_size = lambda n: RePoLM(dataclasses.replace(model.config, vocab_size=n, eos_ids=()))
+    RepoJaxLM(of_size(257), params, tokenizer)
+    message = "has a vocabulary of 257; the model's vocab_size is 256 and must be at least that"
+    with pytest.raises(ConfigError, match=message):
+        RepoJaxLM(of_size(256), params, tokenizer)
+
+
 def test_a_file_that_is_no_cache(tmp_path):
     (tmp_path / "notes").write_text("these are notes, and far longer than a header of SQLite" * 9)
     with pytest.raises(ConfigError, match="notes is no cache of requests"):
@@ -382,6 +415,22 @@ def test_a_file_that_is_no_cache(tmp_path):
         ("run=a,pretrained=b", "needs one of run=DIR and pretrained="),
         ("batch_size=8,run=a", "model_args has batch_size; the model repo_jax takes run, "),
         ("run=a,tensor=two", "model_args has tensor=two; it must be a whole number"),
+        ("run=a,tensor=true", "model_args has tensor=True; it must be a whole number"),
+        ("run=a,batch_tokens=x", "batch_tokens=x; it must be a positive whole number"),
+        ("run=a,batch_tokens=0", "batch_tokens=0; it must be a positive whole number"),
+        ("run=a,max_length=4k", "max_length=4k; it must be a positive whole number"),
+        ("run=a,rope_factor=x", "model_args has rope_factor=x; it must be a number"),
+        ("run=a,rope_factor=0.5", "rope_scaling.factor is 0.5; it must be at least 1"),
+        (
+            "run=a,rope_factor=2,rope_original_length=x",
+            "rope_original_length=x; it must be a positive whole number",
+        ),
+        (
+            "run=a,rope_original_length=512",
+            "model_args has rope_original_length, which needs rope_factor",
+        ),
+        ("run=a,dtype=auto", "model_args has dtype=auto; it must be one of float32, bfloat16"),
+        ("run=a,dtype=float16", "model_args has dtype=float16; it must be one of"),
         ("run=a,tensor=3", "the mesh is data 1 x fsdp -1 x tensor 3 .* must use all 8 devices"),
     ],
 )

@@ -9,21 +9,24 @@ import re
 import shutil
 import signal
 import sqlite3
+import statistics
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from repo_jax import RopeScaling
 from repo_jax.evaluation import command
 from repo_jax.evaluation.harness import model as harness
+from repo_jax.evaluation.harness.baselines import baseline
 from repo_jax.evaluation.harness.suites import SUITES, TASKS_DIR, Group, SuiteTask, alone
 from tests.evaluation.harness.asking import lines, mistake, options, report
-from tests.evaluation.harness.task_files import CHOICE, ROLLING
+from tests.evaluation.harness.task_files import ANSWER, CHOICE, ROLLING
 from tests.tiny_runs import ROOT
 
 
@@ -115,7 +118,8 @@ def test_limit_and_shots(run, tmp_path, capsys):
         (run / "own" / "letters.yaml").read_text().replace("task: letters", "task: shown")
         + "fewshot_split: test\n"
     )
-    command.main(options(run, "shown", tmp_path, "--limit", "3", "--num_fewshot", "2"))
+    for _ in range(2):  # the second time it goes on with its results
+        command.main(options(run, "shown", tmp_path, "--limit", "3", "--num_fewshot", "2"))
     row = report(tmp_path)["tasks"]["shown"]
     assert (row["examples"], row["shots"], row["limit"]) == (3, 2, 3)
     assert lines(tmp_path, "shown")[0]["prompt"].count("is a letter of") == 3
@@ -186,6 +190,8 @@ def test_tasks_that_draw_from_global_generators_are_the_same_everywhere(run, tmp
         output = tmp_path / f"{name}-out"
         command.main(options(run, tasks, output, "--tasks_dir", str(own)))
         drawn.append([(row["prompt"], row["target"]) for row in lines(output, "shuffled")])
+        # And the same again, so that the same command goes on with its results.
+        command.main(options(run, tasks, output, "--tasks_dir", str(own)))
     assert drawn[0] == drawn[1]
     assert len(set(drawn[0])) > 1
 
@@ -291,6 +297,129 @@ def test_other_results_are_not_overwritten(run, tmp_path, capsys):
     ):
         assert message in mistake(capsys, options(run, "letters", tmp_path, *more))
         assert report(tmp_path) == before
+
+
+def test_a_report_that_lacks_a_setting_of_newer_programs(run, tmp_path, capsys):
+    command.main(options(run, "letters", tmp_path, "--limit", "4"))
+    path = tmp_path / "evaluation" / "tasks.json"
+    before = report(tmp_path)
+    del before["tasks"]["letters"]["haystack"]
+    path.write_text(json.dumps(before))
+    command.main(options(run, "letters", tmp_path, "--limit", "4"))
+    assert report(tmp_path)["tasks"]["letters"]["haystack"] is None
+    del before["tasks"]["letters"]["shots"]
+    path.write_text(json.dumps(before))
+    error = mistake(capsys, options(run, "letters", tmp_path, "--limit", "4"))
+    assert "has letters with shots None, not 0; give another --output" in error
+    assert report(tmp_path) == before
+
+
+@pytest.mark.parametrize("changed", ["question", "answer", "number"])
+def test_results_of_other_examples_are_not_overwritten(run, tmp_path, capsys, monkeypatch, changed):
+    """Nor is the model asked for them in vain."""
+    own = tmp_path / "own"
+    own.mkdir()
+    rows = [{"q": f"{i} is a letter of", "gold": i % 3} for i in range(4)]
+    data = own / "letters.json"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    (own / "letters.yaml").write_text(CHOICE.format(folder=own))
+    given = options(run, "letters", tmp_path / "out", "--tasks_dir", str(own))
+    command.main(given)
+    before = report(tmp_path / "out"), lines(tmp_path / "out", "letters")
+    if changed == "number":
+        rows.pop()
+    else:
+        rows[3].update({"q": "another"} if changed == "question" else {"gold": 2})
+    data.write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(
+        "repo_jax.evaluation.harness.run.load", lambda *_, **__: pytest.fail("read")
+    )
+    assert mistake(capsys, given) == (
+        f"error: {tmp_path / 'out' / 'evaluation' / 'letters.jsonl'} has results of other "
+        "examples: the data or the task's file were changed; give another --output"
+    )
+    assert (report(tmp_path / "out"), lines(tmp_path / "out", "letters")) == before
+
+
+def test_the_report_says_what_the_model_had(run, tmp_path):
+    """Also where the model brings YaRN, and nothing on the command line says how long."""
+    folder = tmp_path / "yarn"
+    shutil.copytree(run / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    config |= {"max_position_embeddings": 128, "rope_scaling": yarn}
+    config.pop("rope_parameters", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    more = ("--limit", "1")
+    command.main(options(run, "letters", tmp_path / "plain", *more))
+    given = options(run, "letters", tmp_path / "own", *more, "--model", str(folder), source="model")
+    for _ in range(2):
+        command.main(given)
+    command.main([*given, "--output", str(tmp_path / "asked"), "--rope_scaling.factor", "4"])
+    rows = [report(tmp_path / name)["tasks"]["letters"] for name in ("plain", "own", "asked")]
+    assert [row["max_length"] for row in rows] == [4096, 128, 256]
+    assert rows[0]["rope_scaling"] is None
+    for row, factor in zip(rows[1:], (2.0, 4.0), strict=True):
+        scaling = row["rope_scaling"]
+        assert (scaling["factor"], scaling["original_length"]) == (factor, 64)
+
+
+def test_a_task_that_asks_repeatedly(run, tmp_path):
+    """All answers are kept, and the baselines have as many for a filter that wants them."""
+    own = tmp_path / "own"
+    own.mkdir()
+    text = ANSWER.format(folder=run / "own").replace("task: answers", "task: often")
+    text = text.replace("do_sample: false", "do_sample: true, temperature: 1.0")
+    text += "repeats: 4\nfilter_list:\n"
+    for k in (2, 4):
+        steps = f"[{{function: take_first_k, k: {k}}}, {{function: take_first}}]"
+        text += f"- {{name: first_{k}, filter: {steps}}}\n"
+    (own / "often.yaml").write_text(text)
+    command.main(options(run, "often", tmp_path, "--tasks_dir", str(own), "--limit", "2"))
+    row = report(tmp_path)["tasks"]["often"]
+    assert (row["filter"], row["examples"], row["empty"], row["constant"]) == ("first_2", 2, 0, 1)
+    for example in lines(tmp_path, "often"):
+        assert len(example["output"]) == 4
+        assert len(set(example["output"])) > 1
+
+
+def test_baselines_ask_only_the_filter_that_is_read():
+    """Another may not take an answer that was never given."""
+
+    class Refusing:
+        name = "other"
+
+        def apply(self, requests):
+            raise AssertionError
+
+    class Reading:
+        name = "read"
+
+        def apply(self, requests):
+            for request in requests:
+                assert len(request.resps) == 3
+                request.filtered_resps[self.name] = request.resps[0]
+
+    class Task:
+        OUTPUT_TYPE = "generate_until"
+        _filters = (Refusing(), Reading())
+        instances = (Instance("generate_until", {}, ("q", {}), 0, ("t", 0, 3), ["x", "y", "z"]),)
+        aggregation = staticmethod(lambda: {"match": statistics.mean})
+        doc_to_target = staticmethod(lambda doc: "right")
+        process_results = staticmethod(lambda doc, results: {"match": results == ["right"]})
+
+    found = baseline([Task()], "match", "read")
+    assert (found.empty, found.constant, found.answer) == (0.0, 1.0, "right")
+
+
+def test_a_task_that_shows_no_examples_says_so(run, tmp_path, capsys):
+    given = ("--limit", "1", "--num_fewshot", "2")
+    command.main(options(run, "nlgraph_cycle", tmp_path, *given))
+    said = (
+        "nlgraph_cycle shows no examples, whatever --num_fewshot says: its file has num_fewshot 0"
+    )
+    assert capsys.readouterr().err.count(said) == 1
+    assert report(tmp_path)["tasks"]["nlgraph_cycle"]["shots"] == 0
 
 
 def test_a_folder_that_cannot_be_used_is_told_before_the_model_is_read(

@@ -143,12 +143,22 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
         (["{a}", "{b}"], "have no task in common: t and u"),
         (["{a}"], "expected 2 arguments"),
         (["{a}", "{b}", "--resamples", "5"], "--resamples is 5; it must be at least 100"),
+        (["{a}", "{b}", "--seed", "-1"], "--seed is -1; it must be 0 or more"),
+        (["{a}", "{empty}"], "empty/tasks.json is no report of tasks; name a folder that eval.py"),
+        (["{torn}", "{a}"], "torn/tasks.json is no report of tasks; name a folder that eval.py"),
+        (["{a}", "{cut}"], "cut/t.jsonl is no list of examples as eval.py --tasks writes it;"),
+        (["{a}", "{none}"], "none/t.jsonl is no list of examples as eval.py --tasks writes it;"),
     ],
 )
 def test_mistakes(tmp_path, capsys, options, message):
     write(tmp_path / "a", {"t": [("e0", 1.0)]})
     write(tmp_path / "b", {"u": [("e0", 1.0)]})
-    places = {name: str(tmp_path / name) for name in ("a", "b", "nothing")}
+    for name, report in (("empty", "{}"), ("torn", '{"tasks": {')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tasks.json").write_text(report)
+    for name, rows in (("cut", '{"task": "t", "doc'), ("none", "")):
+        (write(tmp_path / name, {"t": []}) / "t.jsonl").write_text(rows)
+    places = {folder.name: str(folder) for folder in (*tmp_path.iterdir(), tmp_path / "nothing")}
     with pytest.raises(SystemExit) as ended:
         cli.run(lambda: command.main(["--compare", *(o.format(**places) for o in options)]))
     assert ended.value.code == 2
