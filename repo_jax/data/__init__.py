@@ -9,7 +9,7 @@ from repo_jax.data.corpus import Corpus, Manifest, open_corpus
 from repo_jax.data.mixture import Mixture
 from repo_jax.data.object_store import StoredTokens
 from repo_jax.data.repetition import repeats
-from repo_jax.data.sources import Data, open_data, open_text
+from repo_jax.data.sources import Data, check_vocabulary, open_data, open_text
 from repo_jax.data.text import Document, find_files, read_documents
 from repo_jax.data.token_files import TokenWriter, check_ids, open_tokens
 from repo_jax.data.tokenizers import Tokenizer, byte_tokenizer, train_bpe
@@ -29,6 +29,7 @@ __all__ = [
     "byte_tokenizer",
     "cached_corpus",
     "check_ids",
+    "check_vocabulary",
     "find_files",
     "open_corpus",
     "open_data",

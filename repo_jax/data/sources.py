@@ -180,7 +180,7 @@ def open_data(config: DataConfig, model: DecoderConfig | None = None) -> Data:
     """
     sources = list(config.sources.values()) or [SourceConfig(config.text, config.tokens)]
     if any(source.text for source in sources) and model is not None:
-        _fits(f"data.tokenizer {config.tokenizer}", planned_vocab_size(config), model)
+        check_vocabulary(f"data.tokenizer {config.tokenizer}", planned_vocab_size(config), model)
     # First, since text to train on may take long to tokenise.
     held_out = _find(SourceConfig(tokens=config.validation_tokens), 0, config)
     files = [
@@ -249,7 +249,7 @@ def open_text(
       ConfigError: the text cannot be read or is empty, or the ids do not fit the model.
     """
     if model is not None:
-        _fits("the tokenizer", tokenizer.vocab_size, model)
+        check_vocabulary("the tokenizer", tokenizer.vocab_size, model)
     documents, count = [], 0
     for file in find_files(config.text, config.text_suffixes):
         for document in read_documents(file, config.text_field):
@@ -318,7 +318,12 @@ def _corpus_of(path: Path) -> Corpus | None:
     return None
 
 
-def _fits(what: str, vocab_size: int, model: DecoderConfig) -> None:
+def check_vocabulary(what: str, vocab_size: int, model: DecoderConfig) -> None:
+    """Refuses tokens that a model may not know: it has no embedding of an id beyond its own.
+
+    Raises:
+      ConfigError: `vocab_size`, which `what` has, is more than the model's.
+    """
     if vocab_size > model.vocab_size:
         raise ConfigError(
             f"{what} has a vocabulary of {vocab_size}; model.vocab_size is {model.vocab_size} "
@@ -329,7 +334,7 @@ def _fits(what: str, vocab_size: int, model: DecoderConfig) -> None:
 def _check_corpora(corpora: list[Corpus], config: DataConfig, model: DecoderConfig | None) -> None:
     for corpus in corpora:
         if model is not None:
-            _fits(f"the corpus {corpus.folder}", corpus.manifest.vocab_size, model)
+            check_vocabulary(f"the corpus {corpus.folder}", corpus.manifest.vocab_size, model)
         if config.eos_id not in (None, corpus.manifest.eos_id):
             raise ConfigError(
                 f"data.eos_id is {config.eos_id}; documents in {corpus.folder} end with "

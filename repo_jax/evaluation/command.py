@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from repo_jax import cli, plots, sharding
-from repo_jax.config import DataConfig
+from repo_jax.config import DataConfig, DecoderConfig
 from repo_jax.data import Data, Tokenizer, ValidationBatches, open_data, open_text, trim_tokens
 from repo_jax.errors import ConfigError, MissingPackageError
 from repo_jax.evaluation import by_position
 from repo_jax.evaluation.config import EvalConfig
 from repo_jax.evaluation.perplexity import Score, score
-from repo_jax.inference.loading import Loaded, load, open_mesh
+from repo_jax.inference.loading import check_step, config_of, folder_of, load, open_mesh
 from repo_jax.progress import progress
 
 
@@ -35,16 +37,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     Raises:
       ConfigError: nothing to score, or it does not fit.
     """
-    loaded, data = _open(config)
-    trained_on = data.config.sequence_length
-    lengths = config.context_lengths or (trained_on // 2, trained_on, trained_on * 2)
+    data, mesh = _open(config)
+    lengths = _lengths(config, data)
     shared = trim_tokens(data.validation, max(lengths), config.max_tokens)
-    if not sum(map(len, shared)):
-        total = sum(map(len, data.validation))
-        raise ConfigError(
-            f"the held-out text has {total} tokens, which is less than the longest of "
-            f"--context_lengths, {max(lengths)}"
-        )
+    if not shared:
+        raise ConfigError(_too_short(config, data, max(lengths)))
+    loaded = load(config, config.dtype, mesh)
     results = []
     with sharding.use(loaded.mesh):
         for length in lengths:
@@ -72,29 +70,33 @@ def evaluate_by_position(config: EvalConfig) -> tuple[list[by_position.Bin], int
     Raises:
       ConfigError: nothing to score, or it does not fit.
     """
-    loaded, data = _open(config)
-    trained_on = data.config.sequence_length
-    lengths = config.context_lengths or (trained_on // 2, trained_on, trained_on * 2)
+    data, mesh = _open(config)
+    lengths = _lengths(config, data)
+    if config.stride is not None and config.stride > min(lengths):
+        raise ConfigError(
+            f"--stride is {config.stride}; it must be at most the shortest context length, which "
+            f"is {min(lengths)} unless --context_lengths is given"
+        )
     # Of a token file the last windows are held out, which may begin within a document.
     cut = data.tokenizer is None and not data.config.validation_tokens
     documents = by_position.split_documents(
         data.validation, data.eos_id, config.max_tokens, cut=cut
     )
     if not documents:
-        raise ConfigError("the held-out text has no document of two tokens or more")
+        most = config.max_tokens
+        within = "" if most is None else f" within --max_tokens, {most}"
+        raise ConfigError(f"the held-out text has no document of two tokens or more{within}")
+    loaded = load(config, config.dtype, mesh)
     bins = []
     with sharding.use(loaded.mesh):
         for length in lengths:
-            try:
-                bins += by_position.score_by_position(
-                    *(loaded.model, loaded.params, documents),
-                    context_length=length,
-                    stride=config.stride,
-                    batch_tokens=max(config.batch_tokens, length),
-                    byte_lengths=data.byte_lengths,
-                )
-            except ValueError as error:
-                raise ConfigError(f"--{error}") from None
+            bins += by_position.score_by_position(
+                *(loaded.model, loaded.params, documents),
+                context_length=length,
+                stride=config.stride,
+                batch_tokens=max(config.batch_tokens, length),
+                byte_lengths=data.byte_lengths,
+            )
     return bins, loaded.step
 
 
@@ -115,28 +117,50 @@ def _row(length: int, result: Score) -> dict[str, Any]:
     }
 
 
-def _open(config: EvalConfig) -> tuple[Loaded, Data]:
-    own_text = bool(config.text or config.tokens)
-    if config.run is None and not own_text:
+def _lengths(config: EvalConfig, data: Data) -> tuple[int, ...]:
+    trained_on = data.config.sequence_length
+    return config.context_lengths or (trained_on // 2, trained_on, trained_on * 2)
+
+
+def _too_short(config: EvalConfig, data: Data, length: int) -> str:
+    """Why there is no window of the longest context length."""
+    sizes, most = [len(tokens) for tokens in data.validation], config.max_tokens
+    longest = max(sizes, default=0)
+    if most is not None and most <= longest:
+        return f"--max_tokens is {most}; it must be at least the longest context length, {length}"
+    whose = "the held-out text" if len(sizes) < 2 else f"the longest of {len(sizes)} held-out files"
+    return (
+        f"{whose} has {longest} tokens, which is less than the longest of --context_lengths, "
+        f"{length}"
+    )
+
+
+def _open(config: EvalConfig) -> tuple[Data, Mesh | None]:
+    """All that can be wrong, before parameters are read, which may take minutes."""
+    if config.run is None and not (config.text or config.tokens):
         raise ConfigError("--model needs --text or --tokens: what to evaluate it on")
-    loaded = load(config, config.dtype, open_mesh(config, config.mesh))
-    model = loaded.model.config
+    check_step(config)
+    mesh = open_mesh(config, config.mesh)
+    return _data(config, config_of(config)), mesh
+
+
+def _data(config: EvalConfig, model: DecoderConfig) -> Data:
     if config.run is not None:
         from repo_jax.training.run_dir import read_config
 
-        section = read_config(loaded.folder).data
-        if not own_text:
-            return loaded, open_data(section, model)
+        section = read_config(Path(config.run)).data
+        if not (config.text or config.tokens):
+            return open_data(section, model)
     else:
         section = DataConfig(sequence_length=model.trained_length)
     if config.tokens:
         section = dataclasses.replace(
             section, text=(), tokens=(), sources={}, validation_tokens=config.tokens
         )
-        return loaded, open_data(section, model)
+        return open_data(section, model)
     section = dataclasses.replace(section, text=config.text, tokens=(), sources={})
-    tokenizer = Tokenizer.load(config.tokenizer or loaded.folder)
-    return loaded, open_text(section, tokenizer, model, max_tokens=config.max_tokens)
+    tokenizer = Tokenizer.load(config.tokenizer or folder_of(config))
+    return open_text(section, tokenizer, model, max_tokens=config.max_tokens)
 
 
 def table(report: dict[str, Any]) -> str:

@@ -1,15 +1,16 @@
 """The generate command."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator, Sequence
 
 from repo_jax import cli
 from repo_jax.config import Dtype, MeshConfig, RopeScaling
-from repo_jax.data import Tokenizer
+from repo_jax.data import Tokenizer, check_vocabulary
 from repo_jax.errors import ConfigError
 from repo_jax.inference.generator import Generator
-from repo_jax.inference.loading import load, open_mesh
+from repo_jax.inference.loading import config_of, folder_of, load, open_mesh
 from repo_jax.inference.sampling import Sampling
 
 
@@ -37,7 +38,8 @@ class GenerateConfig:
       top_p: sample among the fewest tokens whose probability reaches p.
       min_p: sample among tokens at least p times as likely as the likeliest.
       repetition_penalty: above 1, tokens that are there already become less likely.
-      stop: strings that end the continuation; they are not printed.
+      stop: a list of strings that end the continuation, say '["END", "[/INST]"]'; they are not
+        printed.
       seed: of the draws.
     """
 
@@ -57,7 +59,7 @@ class GenerateConfig:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] | str = ()
     seed: int = 0
 
     def __post_init__(self):
@@ -75,11 +77,26 @@ class GenerateConfig:
             raise ConfigError(f"--{error}") from None
         if self.max_new_tokens < 1:
             raise ConfigError(f"--max_new_tokens is {self.max_new_tokens}; it must be 1 or above")
+        if isinstance(self.stop, str):  # one in brackets would be read as a list, without them
+            listed = json.dumps([self.stop], ensure_ascii=False)
+            raise ConfigError(
+                f"--stop is {self.stop}; it must be a list of strings in quotes, such as '{listed}'"
+            )
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if "" in self.stop:
+            raise ConfigError("--stop has an empty string; each must have a letter or more")
 
     def sampling(self) -> Sampling:
         """What says how tokens are drawn."""
         names = (field.name for field in dataclasses.fields(Sampling))
         return Sampling(**{name: getattr(self, name) for name in names})
+
+
+def _tokenizer(config: GenerateConfig) -> Tokenizer:
+    place = config.tokenizer or folder_of(config)
+    tokenizer = Tokenizer.load(place)
+    check_vocabulary(f"the tokenizer {place}", tokenizer.vocab_size, config_of(config))
+    return tokenizer
 
 
 def _prompts(config: GenerateConfig) -> Iterator[str]:
@@ -127,8 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = _prompts(config)
     if config.prompt_file is not None:
         prompts = iter(list(prompts))  # a file that is not there is told of first
-    loaded = load(config, config.dtype, open_mesh(config, config.mesh))
-    tokenizer = Tokenizer.load(config.tokenizer or loaded.folder)
+    mesh = open_mesh(config, config.mesh)
+    tokenizer = _tokenizer(config)
+    loaded = load(config, config.dtype, mesh)
     generator = Generator(loaded.model, loaded.params, mesh=loaded.mesh)
     for prompt in prompts:
         try:

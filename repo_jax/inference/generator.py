@@ -265,29 +265,31 @@ class Generator:
         tokens, lengths, n_chunks = self._lay_out(prompts, max_new_tokens)
         own = np.pad(streams(prompts, places), ((0, len(lengths) - len(prompts)), (0, 0)))
         rows = [_Row(set(eos_ids), tuple(stop_strings), tokenizer) for _ in prompts]
+        # Only around the calls: between two looks the caller's own mesh is in context.
         with sharding.use(self._mesh):
             state = _prefill(
                 *(config, self._params, tokens, lengths, n_chunks, np.uint32(seed % 2**32), own),
                 **given,
                 chunk=self._chunk,
             )
-            new = np.asarray(state.token)[:, None], np.asarray(state.log_prob)[:, None]
-            drawn = 1
-            while True:
-                for row, ids, log_probs in zip(rows, *new, strict=False):
-                    row.add(ids.tolist(), log_probs.tolist())
-                yield [row.completion() for row in rows]
-                if drawn >= max_new_tokens or all(row.finish for row in rows):
-                    return
-                ended = [row.finish is not None for row in rows]
-                ended += [True] * (len(lengths) - len(rows))
-                state = state.replace(done=np.array(ended))
-                steps = min(every, max_new_tokens - drawn)
+        new = np.asarray(state.token)[:, None], np.asarray(state.log_prob)[:, None]
+        drawn = 1
+        while True:
+            for row, ids, log_probs in zip(rows, *new, strict=False):
+                row.add(ids.tolist(), log_probs.tolist())
+            yield [row.completion() for row in rows]
+            if drawn >= max_new_tokens or all(row.finish for row in rows):
+                return
+            ended = [row.finish is not None for row in rows]
+            ended += [True] * (len(lengths) - len(rows))
+            state = state.replace(done=np.array(ended))
+            steps = min(every, max_new_tokens - drawn)
+            with sharding.use(self._mesh):
                 state, *new = _decode(
                     *(config, self._params, state, np.int32(steps)), **given, window=_WINDOW
                 )
-                drawn += steps
-                new = [np.asarray(x)[:, :steps] for x in new]
+            drawn += steps
+            new = [np.asarray(x)[:, :steps] for x in new]
 
     def slots(self, longest: int, max_new_tokens: int) -> int:
         """Of a cache for prompts of up to `longest` tokens and what follows them."""

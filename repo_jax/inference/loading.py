@@ -57,16 +57,35 @@ def folder_of(named: Named) -> Path:
 
 
 def config_of(named: Named) -> DecoderConfig:
-    """The config of a model, its parameters not read."""
+    """The config of a model with the YaRN that is asked for, its parameters not read."""
     folder = folder_of(named)
     if named.run is not None:
         from repo_jax.training.run_dir import read_config
 
-        return read_config(folder).model
+        model = read_config(folder).model
+        scaling = named.rope_scaling or model.rope_scaling
+        return dataclasses.replace(model, rope_scaling=scaling)
     from repo_jax.interop.checkpoint import Checkpoint
     from repo_jax.interop.load import resolve_config
 
     return resolve_config(Checkpoint(folder), None, named.rope_scaling)[1]
+
+
+def check_step(named: Named) -> None:
+    """Looks for the checkpoint of a run, and reads nothing of it.
+
+    Raises:
+      ConfigError: it is not there.
+    """
+    if named.run is None:
+        return
+    from repo_jax.training.checkpoints import Checkpoints
+    from repo_jax.training.run_dir import read_config
+
+    folder = Path(named.run)
+    place = read_config(folder).training.checkpoint_dir
+    with Checkpoints(folder, checkpoint_dir=place) as checkpoints:
+        checkpoints.find(named.step)
 
 
 def open_mesh(named: Named, config: MeshConfig | None) -> Mesh | None:

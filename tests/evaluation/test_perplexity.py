@@ -190,6 +190,24 @@ def test_token_files_have_no_bits_per_byte(run, capsys):
             r"error: the held-out text has \d+ tokens, .* the longest of --context_lengths, 16000",
         ),
         (
+            ["--run", "{run}", "--max_tokens", "100", "--context_lengths", "[128]"],
+            r"error: --max_tokens is 100; it must be at least the longest context length, 128",
+        ),
+        (
+            ["--model", "{model}", "--text", "{corpus}", "--max_tokens", "50"],
+            r"error: --max_tokens is 50; it must be at least the longest context length, 64",
+        ),
+        (
+            ["--run", "{run}", "--by_position", "--stride", "17"],
+            r"error: --stride is 17; it must be at most the shortest context .* is 16 unless.*",
+        ),
+        (
+            ["--run", "{run}", "--by_position", "--max_tokens", "1"],
+            r"error: the held-out text has no document of two tokens .* within --max_tokens, 1",
+        ),
+        (["--model", "{model}", "--text", "{corpus}/typo.txt"], r"error: .*typo\.txt.*"),
+        (["--run", "{run}", "--tokens", "{corpus}.npy"], r"error: token file .* does not exist"),
+        (
             ["--run", "{run}", "--context_lengths", "[20000]"],
             r"error: --context_lengths has 20000; each must be 2 to --batch_tokens \(16384\)",
         ),
@@ -199,12 +217,26 @@ def test_token_files_have_no_bits_per_byte(run, capsys):
         ),
     ],
 )
-def test_mistakes(run, capsys, options, message):
+def test_mistakes_are_told_before_the_model_is_read(run, capsys, monkeypatch, options, message):
     folder, _, _ = run
+    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("the model was read"))
     places = {name: str(folder / name) for name in ("run", "model", "corpus")}
     # Other tests leave results in the run directory.
     line = refusal(capsys, [*(option.format(**places) for option in options), "--overwrite"])
     assert re.fullmatch(message, line), line
+
+
+def test_of_several_files_the_longest_is_what_is_too_short(run):
+    folder, _, _ = run
+    files = [str(folder / f"{n}.bin") for n in (60, 100, 80)]
+    for file, n in zip(files, (60, 100, 80), strict=True):
+        np.zeros(n, "<u4").tofile(file)
+    given = dict(model=str(folder / "model"), tokens=files, context_lengths=(128,))
+    for most in (None, 101):
+        with pytest.raises(ConfigError, match=r"^the longest of 3 held-out files has 100 tokens,"):
+            evaluate(EvalConfig(**given, max_tokens=most))
+    with pytest.raises(ConfigError, match=r"^--max_tokens is 100; it must be at least .*, 128$"):
+        evaluate(EvalConfig(**given, max_tokens=100))
 
 
 @pytest.mark.parametrize(

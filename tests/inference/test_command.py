@@ -3,6 +3,7 @@
 import io
 
 import pytest
+import tokenizers
 
 import repo_jax
 from repo_jax import cli
@@ -18,10 +19,28 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.fixture
+def made(monkeypatch):
+    """The generators that the command makes."""
+    made = []
+
+    class Recorded(Generator):
+        def __init__(self, model, params, **options):
+            super().__init__(model, params, **options)
+            made.append(self)
+
+    monkeypatch.setattr(command, "Generator", Recorded)
+    return made
+
+
 def continuation(run, prompt, n, **options):
     model, params = repo_jax.load_run(run, **options)
     (ids,) = repo_jax.generate(model, params, [list(prompt.encode())], max_new_tokens=n)
     return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+
+
+def kernel_of(generator):
+    return generator._params["head"]["kernel"]
 
 
 def printed(capsys, run, *options):
@@ -57,30 +76,30 @@ def test_a_stop_string_is_not_printed(run, capsys):
     assert printed(capsys, run, "--prompt", "abc", "--stop", "['never']") == f"abc{whole}\n"
 
 
-def test_yarn(run, capsys):
+def test_yarn(run, capsys, made):
     scaled = continuation(run, "abc", 6, rope_scaling=RopeScaling(8.0, 4))
     options = ["--rope_scaling.factor", "8", "--rope_scaling.original_length", "4"]
     assert printed(capsys, run, "--prompt", "abc", *options) == "abc" + scaled + "\n"
+    # So small a model may well say the same without.
+    assert made[0].config.rope_scaling == RopeScaling(8.0, 4)
 
 
-def test_the_dtype_is_as_asked_for_or_the_models(run, capsys, monkeypatch):
-    made = []
-
-    class Recorded(Generator):
-        def __init__(self, model, params, **options):
-            super().__init__(model, params, **options)
-            made.append((model.config.dtype, self._params["head"]["kernel"].dtype))
-
-    monkeypatch.setattr(command, "Generator", Recorded)
+def test_the_dtype_is_as_asked_for_or_the_models(run, capsys, made):
     out = printed(capsys, run, "--prompt", "abc")
     assert out == "abc" + continuation(run, "abc", 6) + "\n"
     assert printed(capsys, run, "--prompt", "abc", "--dtype", "bfloat16").startswith("abc")
-    assert made == [("float32", "float32"), ("bfloat16", "bfloat16")]
+    of = [(generator.config.dtype, kernel_of(generator).dtype) for generator in made]
+    assert of == [("float32", "float32"), ("bfloat16", "bfloat16")]
 
 
-def test_a_mesh_changes_nothing(run, capsys):
+def test_a_mesh_shares_the_work_and_changes_nothing(run, capsys, made):
     options = ["--prompt", "abc", "--mesh.tensor", "2", "--mesh.data", "2"]
     assert printed(capsys, run, *options) == "abc" + continuation(run, "abc", 6) + "\n"
+    (generator,) = made
+    assert dict(generator._mesh.shape) == dict(data=2, fsdp=2, tensor=2, context=1)
+    kernel = kernel_of(generator)
+    assert len(kernel.sharding.device_set) == 8
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(16, 136)}
 
 
 @pytest.mark.parametrize(
@@ -93,10 +112,39 @@ def test_a_mesh_changes_nothing(run, capsys):
         (["--prompt", "a", "--dtype", "half"], "dtype"),
         (["--prompt", "a", "--min_p", "2"], "--min_p is 2.0; it must be from 0 to 1"),
         (["--prompt", "a", "--mesh.tensor", "4"], "mesh.tensor is 4; it must divide model.n_heads"),
+        (["--prompt", "a", "--stop", "['b', '']"], "--stop has an empty string; each must have"),
+        (["--prompt", "a", "--stop", "END"], "--stop is END; it must be a list of strings in"),
+        (["--prompt", "a", "--stop", "END"], "such as '[\"END\"]'"),
+        (["--prompt", "a", "--stop", "[5]"], "such as '[\"[5]\"]'"),
+        (["--prompt", "a", "--stop", "###"], "such as '[\"###\"]'"),
+        (["--prompt", "a", "--tokenizer", "nowhere"], "tokenizer 'nowhere': there is no file"),
     ],
 )
-def test_mistakes(run, options, message, capsys):
+def test_mistakes_are_told_before_the_model_is_read(run, options, message, capsys, monkeypatch):
+    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("the model was read"))
     with pytest.raises(SystemExit) as ended:
         cli.run(lambda: command.main(["--run", str(run), *options]))
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(run, tmp_path, capsys, monkeypatch):
+    vocab = {chr(0x100 + i): i for i in range(300)} | {"<|endoftext|>": 300}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<|endoftext|>"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("the model was read"))
+    given = ["--run", str(run), "--prompt", "a", "--tokenizer", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        cli.run(lambda: command.main(given))
+    message = "has a vocabulary of 301; model.vocab_size is 272 and must be at least"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [("[END]", ("END",)), ('["[END]"]', ("[END]",)), ('["END", "\\n"]', ("END", "\n"))],
+)
+def test_stop_strings_are_a_list(stop, expected):
+    """As docs/10-generation.md says."""
+    config, _ = cli.parse(command.GenerateConfig, "generate", "", ["--run", ".", "--stop", stop])
+    assert config.stop == expected

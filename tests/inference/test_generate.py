@@ -8,9 +8,11 @@ import pytest
 
 import repo_jax
 from repo_jax import cli
-from repo_jax.config import DecoderConfig
+from repo_jax.config import DecoderConfig, MeshConfig
 from repo_jax.inference import Generator, Sampling, command
-from repo_jax.modeling import RePoLM, init_params
+from repo_jax.inference import generator as generator_module
+from repo_jax.modeling import RePoLM, boxed_params, init_params
+from repo_jax.sharding import make_mesh, param_shardings
 from tests.golden_sets import ROOT, SETS, reference
 from tests.tiny_runs import make_run, parse, write_config
 
@@ -174,6 +176,47 @@ def test_no_prompts_no_continuations(made):
 def test_wrong_arguments_are_named(made, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         repo_jax.generate(*made, prompts, **options)
+
+
+def test_between_tokens_no_mesh_is_left_in_context(made):
+    """So that streams on several meshes may take turns."""
+    model, params = made
+    options = dict(max_new_tokens=4, eos_ids=())
+    (alone,) = repo_jax.generate(model, params, [PROMPTS[1]], **options)
+    streams = []
+    for sizes in (dict(data=4, fsdp=1, tensor=2), dict(fsdp=8)):
+        mesh = make_mesh(MeshConfig(**sizes))
+        placed = jax.device_put(params, param_shardings(boxed_params(model), mesh))
+        streams.append(Generator(model, placed, mesh=mesh).stream([PROMPTS[1]], **options))
+    for n in range(1, 5):
+        for stream in streams:
+            (completion,) = next(stream)
+            assert completion.ids == alone[:n]
+            assert jax.sharding.get_abstract_mesh().empty
+    assert [next(stream, None) for stream in streams] == [None, None]
+
+
+def test_programs_are_compiled_once_for_each_kind_of_sampling(made):
+    """As docs/10-generation.md says."""
+    generator = Generator(*made)
+    jax.clear_caches()
+
+    def compiled(prompt=PROMPTS[1], n=4, seed=0, eos_ids=(9,), **sampling):
+        options = dict(max_new_tokens=n, seed=seed, eos_ids=eos_ids)
+        generator.complete([prompt], sampling=Sampling(**sampling), **options)
+        programs = generator_module._prefill, generator_module._decode
+        return tuple(program._cache_size() for program in programs)
+
+    assert compiled() == (1, 1)
+    assert compiled(PROMPTS[3], n=6, seed=3, eos_ids=(8,), top_k=3) == (1, 1)
+    assert compiled(temperature=1.0) == (2, 2)
+    assert compiled(temperature=0.5) == (2, 2)
+    assert compiled(temperature=0.5, top_k=3) == (3, 3)
+    assert compiled(temperature=0.7, top_p=0.9, min_p=0.1) == (3, 3)
+    assert compiled(repetition_penalty=1.2) == (4, 4)
+    assert compiled(repetition_penalty=1.5) == (4, 4)
+    assert compiled(eos_ids=(8, 9)) == (5, 5)
+    assert compiled() == (5, 5)
 
 
 @pytest.mark.parametrize("every", [0, -1, 65])

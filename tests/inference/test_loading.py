@@ -4,10 +4,10 @@ import jax
 import pytest
 
 from repo_jax import save_pretrained
-from repo_jax.config import MeshConfig
+from repo_jax.config import MeshConfig, RopeScaling
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation.config import EvalConfig
-from repo_jax.inference.loading import load, open_mesh
+from repo_jax.inference.loading import check_step, config_of, load, open_mesh
 from repo_jax.sharding import make_mesh
 from repo_jax.training import run_dir
 from tests.tiny_runs import assert_same_bits, make_run, parse, write_config
@@ -78,3 +78,21 @@ def test_a_mesh_of_several_processes_is_refused(folder, monkeypatch):
     with pytest.raises(ConfigError, match=r"^--mesh is given in 2 processes; only training"):
         open_mesh(named, MeshConfig())
     assert open_mesh(named, None) is None
+
+
+@pytest.mark.parametrize("kind", ["run", "model"])
+@pytest.mark.parametrize("scaling", [None, RopeScaling(4.0), RopeScaling(4.0, 8)])
+def test_the_config_is_the_loaded_models(folder, kind, scaling):
+    named = EvalConfig(**{kind: str(folder / kind)}, rope_scaling=scaling)
+    told = config_of(named)
+    assert told.rope_scaling == load(named).model.config.rope_scaling
+    assert told.rope_scaling == (scaling and RopeScaling(4.0, scaling.original_length or 32))
+
+
+def test_a_step_is_looked_for(folder):
+    check_step(EvalConfig(run=str(folder / "run")))
+    check_step(EvalConfig(model=str(folder / "model")))
+    with pytest.raises(ConfigError, match=r"step '7': .* has the checkpoints 0; latest and best"):
+        check_step(EvalConfig(run=str(folder / "run"), step="7"))
+    with pytest.raises(ConfigError, match="unread has no checkpoints"):
+        check_step(EvalConfig(run=str(folder / "unread")))

@@ -17,8 +17,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from repo_jax import sharding
-from repo_jax.config import DecoderConfig, Dtype, MeshConfig, RopeScaling, to_dict
-from repo_jax.data import Tokenizer
+from repo_jax.config import Dtype, MeshConfig, RopeScaling, to_dict
+from repo_jax.data import Tokenizer, check_vocabulary
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation.harness.cache import RequestCache
 from repo_jax.evaluation.harness.requests import (
@@ -89,7 +89,7 @@ class RepoJaxLM(TemplateLM):
         mesh: Mesh | None = None,
     ):
         super().__init__()
-        check_vocabulary(tokenizer, model.config)
+        check_vocabulary("the tokenizer", tokenizer.vocab_size, model.config)
         self.max_length = reach(model.config) if max_length is None else max_length
         self._model, self._params, self._tokenizer = model, params, tokenizer
         self._batch_tokens, self._cache, self._mesh = batch_tokens, cache, mesh
@@ -132,8 +132,10 @@ class RepoJaxLM(TemplateLM):
         named = _Arguments(given["run"], given["pretrained"], step, revision, scaling)
         sizes = {name: given[name] for name in _MESH_ARGS if given[name] is not None}
         mesh = open_mesh(named, MeshConfig(**sizes) if sizes else None)
-        tokenizer = Tokenizer.load(given["tokenizer"] or folder_of(named))
-        check_vocabulary(tokenizer, config_of(named))  # before its parameters are read
+        place = given["tokenizer"] or folder_of(named)
+        tokenizer = Tokenizer.load(place)
+        # Before its parameters are read.
+        check_vocabulary(f"the tokenizer {place}", tokenizer.vocab_size, config_of(named))
         loaded = load(named, given["dtype"] or "float32", mesh)
         return cls(
             *(loaded.model, loaded.params, tokenizer),
@@ -370,15 +372,6 @@ class RepoJaxLM(TemplateLM):
         self.cache_hook.add_partial(kind, args, answer)
         if self._cache is not None:
             self._cache.put(self.identity, kind, args, answer=answer)
-
-
-def check_vocabulary(tokenizer: Tokenizer, config: DecoderConfig) -> None:
-    """Of an id beyond the embedding the model gives no number. Rows may be padded to more."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has a vocabulary of {tokenizer.vocab_size}; the model's vocab_size is "
-            f"{config.vocab_size} and must be at least that; give the model's own tokenizer"
-        )
 
 
 def _check_values(given: dict[str, Any]) -> None:

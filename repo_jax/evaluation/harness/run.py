@@ -18,13 +18,13 @@ from lm_eval.tasks import TaskManager
 
 from repo_jax import cli
 from repo_jax.config import DecoderConfig, to_dict
-from repo_jax.data import Tokenizer
+from repo_jax.data import Tokenizer, check_vocabulary
 from repo_jax.errors import ConfigError
 from repo_jax.evaluation.config import EvalConfig
 from repo_jax.evaluation.harness.baselines import baseline
 from repo_jax.evaluation.harness.cache import RequestCache
 from repo_jax.evaluation.harness.compare import read_examples
-from repo_jax.evaluation.harness.model import RepoJaxLM, check_vocabulary
+from repo_jax.evaluation.harness.model import RepoJaxLM
 from repo_jax.evaluation.harness.requests import prompt_room, reach
 from repo_jax.evaluation.harness.statistics import score_interval, shown, statistic_interval
 from repo_jax.evaluation.harness.suites import (
@@ -77,12 +77,10 @@ def evaluate_tasks(config: EvalConfig) -> dict[str, Any]:
     groups = _groups(config)
     folder = folder_of(config)
     mesh = open_mesh(config, config.mesh)
-    tokenizer = Tokenizer.load(config.tokenizer or folder)
-    model = config_of(config)
-    if config.rope_scaling is not None:
-        model = dataclasses.replace(model, rope_scaling=config.rope_scaling)
-    check_vocabulary(tokenizer, model)
-    entries = _entries(config, groups, config.tokenizer or folder, model)
+    place, model = config.tokenizer or folder, config_of(config)
+    tokenizer = Tokenizer.load(place)
+    check_vocabulary(f"the tokenizer {place}", tokenizer.vocab_size, model)
+    entries = _entries(config, groups, place, model)
     _check_room(entries)
     with _held(out):
         found = _found(out, entries)

@@ -141,8 +141,8 @@ def test_a_tokenizer_of_another_model_is_refused_before_the_model_is_read(
     given = ["--tokenizer", str(tmp_path / "larger")]
     error = mistake(capsys, options(run, "letters", tmp_path, *given))
     assert error == (
-        "error: the tokenizer has a vocabulary of 259; the model's vocab_size is 257 and must be "
-        "at least that; give the model's own tokenizer"
+        f"error: the tokenizer {tmp_path / 'larger'} has a vocabulary of 259; model.vocab_size is "
+        "257 and must be at least that"
     )
     assert not (tmp_path / "evaluation").exists()
     arguments = f"run={run / 'run'},tokenizer={tmp_path / 'larger'}"

@@ -398,7 +398,7 @@ def test_a_tokenizer_with_ids_beyond_the_model_is_refused(parts):
     model, params, tokenizer = parts
     of_size = lambda n: RePoLM(dataclasses.replace(model.config, vocab_size=n, eos_ids=()))
     RepoJaxLM(of_size(257), params, tokenizer)
-    message = "has a vocabulary of 257; the model's vocab_size is 256 and must be at least that"
+    message = "has a vocabulary of 257; model.vocab_size is 256 and must be at least that"
     with pytest.raises(ConfigError, match=message):
         RepoJaxLM(of_size(256), params, tokenizer)
 
