@@ -135,7 +135,7 @@ def rotary_attention(
       q_BTNH: [B, T, N, H].
       k_BSKH, v_BSKH: [B, S, K, H], K dividing N; query heads n*N/K .. share key/value head n.
         Or two tuples of parts along S, alike: in a decoding step (T = 1) of rotated keys those
-        that nothing sees are not read; elsewhere they are put together.
+        after the first that nothing sees are not read; elsewhere they are put together.
       positions_q: float32 [B, T, P], P = 1, K or N (any divisor of N), or None for no
         rotation.
       positions_k: float32 [B, S, P], P = 1, K or N. With N columns and K < N, keys are

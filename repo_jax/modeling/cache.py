@@ -91,10 +91,10 @@ class Cache:
     def in_parts(self) -> "Cache":
         """For reading on a token at a time on a CPU: slots in four parts, one after the other.
 
-        A cache has more slots than tokens, so that few programs are compiled; the parts that are
-        empty are not read. If S is the least power of two that suffices, more than half of the
-        slots are used in the end: S / 2, S / 8, S / 8, S / 4. On other devices, where branches
-        were not timed, and under a mesh: the cache as it is.
+        A cache has more slots than tokens, so that few programs are compiled; parts after the
+        first that are empty are not read. If S is the least power of two that suffices, more
+        than half of the slots are used in the end: S / 2, S / 8, S / 8, S / 4. On other devices,
+        where branches were not timed, and under a mesh: the cache as it is.
         """
 
         def split(x):
