@@ -344,24 +344,24 @@ def _attend_one(q_B1NH, keys, values, mask, scale):
         zeros = lambda a, b: jnp.zeros_like(jax.eval_shape(product, a, b))
         return product(a, b) if live is None else jax.lax.cond(live, product, zeros, a, b)
 
+    def product(equation):
+        return functools.partial(_dot, product=functools.partial(jnp.einsum, equation))
+
     # With one query a key there is no axis G: XLA for CPUs copies scores that have one of length 1.
-    G = "" if q_B1NH.shape[2] == K else "G"
-    product = lambda equation: functools.partial(
-        _dot, product=functools.partial(jnp.einsum, equation)
-    )
-    q_RGH = q_B1NH.reshape(B * K, *[-1] * len(G), H)
-    of_keys = product(f"R{G}H,RSH->R{G}S")
+    G = q_B1NH.shape[2] // K
+    axes = (G,) if G > 1 else ()
+    q_RGH = q_B1NH.reshape(B * K, *axes, H)
+    of_keys, of_values = product("R...H,RSH->R...S"), product("R...S,RSH->R...H")
     scores = [of_part(live, of_keys, q_RGH, flat(k)) for live, k in zip(seen, keys, strict=True)]
     s_RGS = jnp.concatenate(scores, -1) * scale
-    visible = jnp.repeat(visible, K, axis=0)
-    s_RGS = jnp.where(visible[:, None] if G else visible, s_RGS, -jnp.inf)
+    visible = jnp.expand_dims(jnp.repeat(visible, K, axis=0), range(1, 1 + len(axes)))
+    s_RGS = jnp.where(visible, s_RGS, -jnp.inf)
     m = jax.lax.stop_gradient(_finite(s_RGS.max(-1, keepdims=True)))
     p = jnp.exp(s_RGS - m)
     sees = (l := p.sum(-1, keepdims=True)) > 0
     l = jnp.where(sees, l, 1.0)
     weights = jnp.split((p / l).astype(values[0].dtype), ends, axis=-1)
     parts = zip(seen, weights, values, strict=True)
-    of_values = product(f"R{G}S,RSH->R{G}H")
     out = sum(of_part(live, of_values, w, flat(v)) for live, w, v in parts)
     lse = jnp.where(sees, m + jnp.log(l), -jnp.inf)
     return out.astype(q_B1NH.dtype).reshape(q_B1NH.shape), lse.reshape(B, -1, 1)

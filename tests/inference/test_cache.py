@@ -140,7 +140,7 @@ def test_parts_of_a_cache_are_the_cache(kind):
         np.testing.assert_allclose(layer, wanted, atol=1e-5)
 
 
-def test_decoding_copies_no_part_of_the_cache():
+def test_decoding_copies_neither_cache_nor_scores():
     model, params = make("repo", d_model=64)
     generator = Generator(model, params)
     tokens, lengths, n_chunks = generator._lay_out(prompts_of([7, 3]), 20)
@@ -161,6 +161,8 @@ def test_decoding_copies_no_part_of_the_cache():
     assert len(parts) == 3  # of four, two are alike
     made = {m for m in re.findall(r"= (f32\[[\d,]+\])\S* (?:copy|slice|transpose)\(", loop)}
     assert not made & parts
+    rows = state.cache.keys[0][0].shape[0]
+    assert not re.findall(rf"= f32\[{rows},[\d,]+\]\S* copy\(", loop)
 
 
 def test_rows_that_fill_up_a_batch_change_nothing(monkeypatch):
