@@ -148,7 +148,7 @@ def _data(config: EvalConfig, model: DecoderConfig) -> Data:
     if config.run is not None:
         from repo_jax.training.run_dir import read_config
 
-        section = read_config(Path(config.run)).data
+        section = read_config(folder_of(config)).data
         if not (config.text or config.tokens):
             return open_data(section, model)
     else:

@@ -1,7 +1,6 @@
 """The options of eval.py."""
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
 from repo_jax.config import Dtype, MeshConfig, RopeScaling
@@ -128,5 +127,3 @@ class EvalConfig:
                 f"--context_lengths has {length}; each must be 2 to --batch_tokens "
                 f"({self.batch_tokens})",
             )
-        if self.run is not None:
-            _require(Path(self.run).is_dir(), f"--run {self.run}: there is no such folder")

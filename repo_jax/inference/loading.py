@@ -50,10 +50,18 @@ class Loaded:
 
 
 def folder_of(named: Named) -> Path:
-    """The run directory, or the model's folder, fetched from the hub if that is where it is."""
+    """The run directory, or the model's folder, fetched from the hub if that is where it is.
+
+    Raises:
+      ConfigError: there is none, or the hub cannot be reached.
+    """
     from repo_jax.interop.hub import locate
 
-    return Path(named.run) if named.run is not None else locate(named.model, named.revision)
+    if named.run is None:
+        return locate(named.model, named.revision)
+    if not Path(named.run).is_dir():
+        raise ConfigError(f"--run {named.run}: there is no such folder")
+    return Path(named.run)
 
 
 def config_of(named: Named) -> DecoderConfig:
@@ -82,7 +90,7 @@ def check_step(named: Named) -> None:
     from repo_jax.training.checkpoints import Checkpoints
     from repo_jax.training.run_dir import read_config
 
-    folder = Path(named.run)
+    folder = folder_of(named)
     place = read_config(folder).training.checkpoint_dir
     with Checkpoints(folder, checkpoint_dir=place) as checkpoints:
         checkpoints.find(named.step)

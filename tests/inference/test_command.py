@@ -118,6 +118,7 @@ def test_a_mesh_shares_the_work_and_changes_nothing(run, capsys, made):
         (["--prompt", "a", "--stop", "[5]"], "such as '[\"[5]\"]'"),
         (["--prompt", "a", "--stop", "###"], "such as '[\"###\"]'"),
         (["--prompt", "a", "--tokenizer", "nowhere"], "tokenizer 'nowhere': there is no file"),
+        (["--prompt", "a", "--run", "nowhere"], "error: --run nowhere: there is no such folder"),
     ],
 )
 def test_mistakes_are_told_before_the_model_is_read(run, options, message, capsys, monkeypatch):
